@@ -1,0 +1,3 @@
+"""Lamina."""
+
+from lamina._version import __version__ as __version__

@@ -1,0 +1,3 @@
+"""The version, on the lowest floor so that every room may read it."""
+
+__version__ = "0.1.0"

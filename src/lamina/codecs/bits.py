@@ -1,0 +1,71 @@
+"""A bit string written most significant bit first, with exp-Golomb numbers.
+
+Table headers are a few bytes long, so plain Python is fast enough; payloads never go through here.
+"""
+
+from __future__ import annotations
+
+from lamina.errors import FileError
+
+
+def golomb_bits(value: int, order: int) -> str:
+    """Return the exp-Golomb code word of `value >= 0` as a string of 0 and 1.
+
+    Args:
+        value: the number to code.
+        order: the bits that are always sent verbatim; 0 is Elias gamma of value + 1.
+    """
+    head = (value >> order) + 1
+    tail = format(value & ((1 << order) - 1), f"0{order}b") if order else ""
+    return "0" * (head.bit_length() - 1) + format(head, "b") + tail
+
+
+def fold_sign(value: int) -> int:
+    """Map 0, -1, 1, -2, 2 ... to 0, 1, 2, 3, 4 ..."""
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def unfold_sign(value: int) -> int:
+    """Undo `fold_sign`."""
+    return -(value + 1) // 2 if value & 1 else value // 2
+
+
+def pack_bits(bits: str) -> bytes:
+    """Return the bit string as bytes, filled up with zero bits."""
+    size = -(-len(bits) // 8)
+    return int(bits.ljust(8 * size, "0") or "0", 2).to_bytes(size, "big")
+
+
+class BitReader:
+    """Reads what `pack_bits` wrote; `position` counts bits.
+
+    Raises:
+        FileError: the data ends too early, or a number is longer than any writer makes it.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.position = 0
+
+    def take(self, width: int) -> int:
+        """Read `width` bits as an unsigned number."""
+        start, end = self.position, self.position + width
+        if end > 8 * len(self.data):
+            raise FileError("cannot decode a coded tensor", "", "its header ends too early")
+        self.position = end
+        chunk = int.from_bytes(self.data[start // 8 : -(-end // 8)], "big")
+        return (chunk >> (-end % 8)) & ((1 << width) - 1)
+
+    def golomb(self, order: int) -> int:
+        """Read one exp-Golomb number."""
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+            if zeros > 34:  # no writer codes more than 34 bits; a run of zeros must not grow memory
+                raise FileError("cannot decode a coded tensor", "", "a header number is too long")
+        head = (1 << zeros) | self.take(zeros)
+        return ((head - 1) << order) | self.take(order)
+
+    def rest(self) -> bytes:
+        """Return the bytes after the last bit read, from the next whole byte on."""
+        return self.data[-(-self.position // 8) :]

@@ -1,0 +1,45 @@
+"""What every integer codec accepts: arrays of whole numbers that fit into int32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.errors import FileError
+
+Symbols = NDArray[np.int32]
+LARGEST = 1 << 40  # elements; a declared shape beyond this is a damaged file, not a tensor
+
+
+def check_symbols(symbols: NDArray[Any]) -> Symbols:
+    """Return `symbols` as a C-ordered int32 array of the same shape.
+
+    Raises:
+        ValueError: the values are not whole numbers, or do not fit into int32.
+    """
+    array = np.asarray(symbols)
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"symbols are integers, not {array.dtype}")
+    if array.dtype.itemsize >= 4 and array.dtype != np.int32 and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < -(1 << 31) or high >= 1 << 31:
+            raise ValueError(f"symbols fit into int32, but these span {low} to {high}")
+    return np.asarray(array, dtype=np.int32, order="C")
+
+
+def count_elements(shape: Sequence[int]) -> int:
+    """Return the number of elements of a declared shape.
+
+    Raises:
+        FileError: a dimension is negative, or the tensor could not exist.
+    """
+    if any(int(side) < 0 for side in shape):
+        raise FileError("cannot decode a coded tensor", str(tuple(shape)), "a side is negative")
+    size = math.prod(int(side) for side in shape)
+    if size > LARGEST:
+        raise FileError("cannot decode a coded tensor", str(tuple(shape)), "it is too large")
+    return size

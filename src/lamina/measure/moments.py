@@ -1,0 +1,83 @@
+"""Second moments of one layer, summed up over calls and batches in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamina.measure.columns import Columns
+from lamina.measure.stats import LayerStats
+
+WIDE = 8192  # wider sides keep the diagonal only: a full float64 moment would pass 512 MiB
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A running sum of `x x^T` (or its diagonal) over columns.
+
+    Args:
+        total: `[groups, width, width]`, or `[groups, width]` where the layer is wide.
+        first: `[groups, width]`, the sum of the columns themselves.
+        count: number of columns.
+    """
+
+    total: Tensor
+    first: Tensor
+    count: float = 0.0
+
+
+def empty_moment(groups: int, width: int, device: torch.device, diagonal: bool) -> Moment:
+    """Return a moment of nothing yet; the diagonal only where asked or where the side is wide."""
+    diagonal = diagonal or width > WIDE
+    shape = (groups, width) if diagonal else (groups, width, width)
+    like = {"dtype": torch.float64, "device": device}
+    return Moment(torch.zeros(shape, **like), torch.zeros(groups, width, **like))  # type: ignore[arg-type]
+
+
+def add_columns(moment: Moment, parts: Iterable[Columns]) -> Moment:
+    """Return the moment with columns added; `moment`'s own tensors are reused.
+
+    Where columns are not exact, only their power is known, and the identity carries it.
+    """
+    count = moment.count
+    for part in parts:
+        x = part.values.double()
+        if x.shape[1] == 0:
+            continue
+        count += x.shape[1] * part.weight
+        diagonal = moment.total.dim() == 2
+        if diagonal or not part.exact:
+            power = x.square().sum(1)
+            sums = moment.total if diagonal else moment.total.diagonal(dim1=1, dim2=2)
+            sums.add_(power, alpha=part.weight)
+        else:
+            moment.total.baddbmm_(x.transpose(1, 2), x, alpha=part.weight)
+        if part.exact:
+            moment.first.add_(x.sum(1), alpha=part.weight)
+    return Moment(moment.total, moment.first, count)
+
+
+def is_finite(moment: Moment) -> bool:
+    """Return whether no column held NaN or infinity (any would show on the diagonal)."""
+    total = moment.total
+    diagonal = total if total.dim() == 2 else total.diagonal(dim1=1, dim2=2)
+    return bool(diagonal.sum().isfinite())
+
+
+def layer_stats(inputs: Moment, gradients: Moment, samples: int) -> LayerStats:
+    """Return a layer's statistics: inputs summed over positions, gradients averaged over them.
+
+    Reference: Grosse and Martens 2016, A Kronecker-factored approximate Fisher matrix for
+    convolution layers, eq. 25 and 27.
+    """
+    mean = inputs.first.cpu() / samples
+    return LayerStats(
+        H=inputs.total.cpu() / samples,
+        G=gradients.total.cpu() / max(1.0, gradients.count),
+        mean=mean,
+        positions=inputs.count / samples,
+        samples=samples,
+    )

@@ -1,0 +1,166 @@
+"""What a method is: it proposes candidates for a site, and turns a chosen one into edits."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from lamina.errors import MethodError
+from lamina.forms import Edit
+from lamina.measure.stats import Cost, LayerStats
+from lamina.network.sites import Site
+from lamina.network.source import Network
+
+Weights = Mapping[str, torch.Tensor]  # {"weight": ..., "bias": ...} (no "bias" where there is none)
+Settings = Mapping[str, Any]  # JSON values only
+
+
+class Stage(IntEnum):
+    """The one fixed order in which methods may follow each other."""
+
+    SHAPE = 1
+    FACTOR = 2
+    SHARE = 3
+    VALUES = 4
+    BYTES = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method applied at one place: `Step("rdoq", "fc1.0", {"step": 0.03})`."""
+
+    method: str
+    at: str
+    settings: Settings = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{k}={_short(v)}" for k, v in self.settings.items())
+        return f"{self.method}({inside})"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One offer for a site: a chain of steps, what it ends up costing, and its predicted error.
+
+    Args:
+        site: the site's name.
+        steps: the chain, in stage order.
+        cost: what the site costs afterwards, weight and bias together.
+        error: predicted increase of the loss [nats per sample]; data-free the relative spectral error.
+    """
+
+    site: str
+    steps: tuple[Step, ...]
+    cost: Cost
+    error: float
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A layer that a non-final step would leave: its site, tensors and derived statistics."""
+
+    site: Site
+    weights: Weights
+    stats: LayerStats | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `apply` is asked to do: a site and the settings of one step."""
+
+    site: Site
+    settings: Settings
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A compression method: one file, one small class, one instance called `method` in that file.
+
+    A *final* method says how the values of a layer are stored (keep, kmeans, rdoq). A method that is
+    not final (alds, magnitude) leaves layers behind, and `leave` describes them, so that later methods
+    can propose on tensors that do not exist yet. A chain is any methods of rising stage that ends with
+    exactly one final method.
+    """
+
+    name: str
+    stage: Stage
+    kinds: tuple[str, ...]
+    needs: frozenset[str]
+    reference: str
+    final: bool
+
+    def refuse(self, site: Site) -> str:
+        """Return why this method cannot serve the site, or `""`."""
+        ...
+
+    def propose(
+        self, site: Site, weights: Weights, stats: LayerStats | None
+    ) -> Iterable[Candidate]:
+        """Offer candidates; pure and deterministic; errors fall as costs rise."""
+        ...
+
+    def leave(
+        self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
+    ) -> tuple[Leaf, ...]:
+        """Describe the layers left by one candidate's settings (non-final methods only)."""
+        ...
+
+    def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
+        """Return the edits that carry out a choice on `network`, which is not changed.
+
+        A non-final structural method returns the structural edit first, then the values of the new
+        parameters as `Plain` edits; a final one returns one values edit per tensor of the site.
+
+        Raises:
+            SiteError: the site cannot be served; names the site and the reason.
+        """
+        ...
+
+
+@cache
+def registry() -> dict[str, Method]:
+    """Return every method by name; adding a file to this folder adds a method."""
+    import lamina.methods as package
+
+    found: dict[str, Method] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name == "base" or info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"lamina.methods.{info.name}")
+        method = getattr(module, "method", None)
+        if isinstance(method, Method):
+            found[method.name] = method
+    return found
+
+
+def get_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        MethodError: there is no such method.
+    """
+    methods = registry()
+    if name not in methods:
+        raise MethodError("unknown method", repr(name), "", f"choose from {', '.join(methods)}")
+    return methods[name]
+
+
+def weights_of(network: Network, site: Site) -> dict[str, torch.Tensor]:
+    """Return a site's tensors, detached: `{"weight": ..., "bias": ...}`."""
+    from lamina.forms import find_tensor
+
+    weights = {"weight": find_tensor(network.module, site.weight).detach()}
+    if site.bias:
+        weights["bias"] = find_tensor(network.module, site.bias).detach()
+    return weights
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,112 @@
+"""keep: store a layer's values as they are.
+
+**What.** Every value stays bit for bit, in its own dtype. A tensor with many exact zeros is held
+as a coded pattern and its non-zeros, where that is smaller.
+
+**Where.** Every layer site; the end of a chain that only changes a layer's form or its zeros.
+
+**Costs and predicts.** One candidate, error exactly 0: the lossless end of every site's curve. Its
+size is `numel * itemsize` bytes, or for a sparse tensor the coded 0/1 pattern plus
+`nonzeros * itemsize`. Parameters and MACs are those of the dense layer: zeros inside a tensor
+save bytes, not arithmetic.
+
+**Does not help** dense weights, which it does not shrink at all: float mantissas are noise to a
+coder. For bytes use `rdoq` or `kmeans`.
+
+**Reference.** Han, Mao, Dally 2016, arXiv:1510.00149, section 2, stores a pruned layer as pattern
+and non-zeros; here the pattern is entropy coded instead of relatively indexed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lamina import codecs
+from lamina.errors import SiteError
+from lamina.forms import Edit, Plain, Sparse
+from lamina.measure.stats import Cost, LayerStats
+from lamina.methods.base import (
+    Candidate,
+    Choice,
+    Leaf,
+    Settings,
+    Stage,
+    Step,
+    Weights,
+    weights_of,
+)
+from lamina.network.sites import Site
+from lamina.network.source import Network
+
+FEWEST_ZEROS = 0.05  # below this share of zeros a pattern is not worth looking at
+
+
+def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse, float]:
+    """Return the smaller exact form of a tensor, and its size [bytes].
+
+    A sparse tensor's negative zeros become zeros: the pattern cannot tell them apart.
+
+    Example:
+        >>> hold(torch.eye(64))[0].__class__.__name__
+        'Sparse'
+    """
+    plain = float(tensor.numel() * tensor.element_size())
+    zeros = tensor == 0
+    if tensor.numel() and float(zeros.double().mean()) > FEWEST_ZEROS:
+        mask = (~zeros).reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+        pattern = codecs.length(mask.to(torch.int32).cpu().numpy())
+        sparse = float(pattern + int(mask.sum()) * tensor.element_size())
+        if sparse < plain:
+            return Sparse(tensor.masked_fill(zeros, 0)), sparse
+    return Plain(tensor), plain
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The method; see the card above."""
+
+    name: str = "keep"
+    stage: Stage = Stage.VALUES
+    kinds: tuple[str, ...] = ("layer",)
+    needs: frozenset[str] = frozenset()
+    reference: str = "Han, Mao, Dally 2016, arXiv:1510.00149"
+    final: bool = True
+
+    def refuse(self, site: Site) -> str:
+        """Return why the site cannot be kept, or `""`."""
+        return "" if site.kind in self.kinds else f"it is a {site.kind}, not one layer"
+
+    def propose(
+        self, site: Site, weights: Weights, stats: LayerStats | None
+    ) -> tuple[Candidate, ...]:
+        """Offer the one candidate there is."""
+        size = sum(hold(tensor)[1] for tensor in weights.values())
+        params = sum(tensor.numel() for tensor in weights.values())
+        cost = Cost(params=params, bits=8 * size, macs=site.macs)
+        return (Candidate(site.name, (Step(self.name, site.name),), cost, 0.0),)
+
+    def leave(
+        self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
+    ) -> tuple[Leaf, ...]:
+        """Return nothing: a final method leaves no layer for later ones."""
+        return ()
+
+    def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
+        """Return the values of every tensor of the site.
+
+        Raises:
+            SiteError: the site is not a layer.
+        """
+        site = choice.site
+        if why := self.refuse(site):
+            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
+        names = {"weight": site.weight, "bias": site.bias}
+        return [
+            Edit(names[key], "values", values=hold(tensor)[0])
+            for key, tensor in weights_of(network, site).items()
+        ]
+
+
+method = Keep()

@@ -1,0 +1,144 @@
+"""The run folder: stage outputs keyed by content, a lock, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import BusyError, RunError
+
+MARK = "lamina-run.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; an older file stays as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise RunError(
+            "cannot write", str(path), error.strerror or str(error), "free space or choose a folder"
+        ) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def key_of(*parts: Any) -> str:
+    """Return a short hash of JSON values [16 hex].
+
+    Example:
+        >>> key_of("stats", 1) == key_of("stats", 1) != key_of("stats", 2)
+        True
+    """
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds what a run has made so far.
+
+    Stage outputs lie in `stages/` under names that carry the hash of everything they were made from,
+    so that a stage is done again exactly when something it depends on has changed.
+    """
+
+    path: Path
+
+    def stage(self, name: str, key: str, suffix: str) -> Path:
+        """Return where a stage's output for this key lies (or will lie)."""
+        return self.path / "stages" / f"{name}-{key}{suffix}"
+
+    def read(self, path: Path) -> bytes | None:
+        """Return a stage's output, or None where it is missing."""
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunError("cannot read", str(path), error.strerror or str(error)) from None
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a file of the run, whole or not at all."""
+        write_atomic(path, data)
+
+
+@contextmanager
+def open_run(path: str | Path) -> Iterator[RunFolder]:
+    """Open (or make) a run folder and hold its lock.
+
+    Raises:
+        RunError: the path is a file, or a folder with other things in it, or cannot be written.
+        BusyError: another process holds the lock.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise RunError("the run folder is a file", str(folder), "", "choose another with -o")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise RunError(
+            "the folder holds other things", str(folder), "it is not a run folder",
+            "choose an empty or a new one with -o",
+        )  # fmt: skip
+    if not (folder / MARK).exists():
+        write_atomic(folder / MARK, b'{"lamina_run": 1}\n')
+    lock = _lock(folder)
+    try:
+        yield RunFolder(folder)
+    finally:
+        os.close(lock)  # closing gives the lock back, and so does any kind of death
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder's lock; it goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            os.close(handle)
+            raise _busy(folder) from None
+        return handle
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise RunError("cannot write", str(folder), error.strerror or str(error)) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise _busy(folder) from None
+    return handle
+
+
+def _busy(folder: Path) -> BusyError:
+    return BusyError(
+        "the run folder is in use by another process", str(folder), "",
+        "wait for it, or choose another folder with -o",
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Making trained values fit their bytes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from lamina.artifact.records import encode
+from lamina.forms import Grid, Values
+from lamina.train.hold import HeldGrid, HeldNetwork
+
+
+def held_bytes(values: Mapping[str, Values]) -> int:
+    """Return what values take in the file, record heads included [bytes]."""
+    return sum(len(encode(v)) for v in values.values())
+
+
+def fit(net: HeldNetwork, room: float | None) -> dict[str, Values]:
+    """Return the trained values, with the least widening of the zero zone that fits `room` bytes.
+
+    Rounding moves from `round(|z|)` to `floor(|z| + 1/2 - t)`; t is bisected over [0, 1/2]. With no
+    limit, or when all fits, t = 0 and the values are exactly those that were trained.
+    """
+    values = net.release()
+    if room is None or held_bytes(values) <= room:
+        return values
+    levels = {
+        name: held.levels().detach()
+        for name, held in zip(net.names, net.held, strict=True)
+        if isinstance(held, HeldGrid)
+    }
+    low, high = 0.0, 0.5
+    best = _narrow(values, levels, high)
+    for _ in range(12):
+        middle = (low + high) / 2
+        trial = _narrow(values, levels, middle)
+        if held_bytes(trial) <= room:
+            high, best = middle, trial
+        else:
+            low = middle
+    return best
+
+
+def _narrow(
+    values: Mapping[str, Values], levels: Mapping[str, torch.Tensor], by: float
+) -> dict[str, Values]:
+    out = dict(values)
+    for name, z in levels.items():
+        held = values[name]
+        assert isinstance(held, Grid)
+        symbols = z.sign() * (z.abs() + 0.5 - by).floor()
+        out[name] = replace(held, symbols=symbols.to(torch.int32).cpu())
+    return out

@@ -1,0 +1,71 @@
+"""Rate pressure: a differentiable stand-in for the length of the coded file, and its controller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+SHARPNESS = 0.25
+FLOOR = 0.05
+
+
+def rate_penalty(levels: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return how costly the levels are to code, in bits up to a constant factor.
+
+    Args:
+        levels: per tensor its values in units of the grid step, before rounding.
+
+    Each level costs `log2(1 + |z| / (b/4 + 1/20))`, where `b` is the mean magnitude expected at its
+    place: the product of its row's and its column's mean over the tensor's (both detached). Where a
+    row or a column is nearly dead a non-zero is dear, as it is for a coder with adaptive contexts, so
+    whole rows and columns die out.
+
+    Reference: Oktay et al. 2019, arXiv:1906.06624 (entropy penalised training); Wiedemann et al. 2019
+    (DeepCABAC). The rank-one expectation is ours.
+
+    Example:
+        >>> float(rate_penalty({"w": torch.zeros(3, 3)}))
+        0.0
+    """
+    total = torch.zeros(())
+    for z in levels.values():
+        magnitude = z.abs()
+        flat = magnitude.detach().reshape(z.shape[0] if z.dim() > 1 else 1, -1)
+        mean = flat.mean()
+        expected = flat.mean(1, keepdim=True) * flat.mean(0, keepdim=True) / (mean + 1e-9)
+        if z.dim() < 2:
+            expected = mean.expand_as(flat)
+        scale = (SHARPNESS * expected + FLOOR).reshape(z.shape)
+        total = total.to(z.device) + torch.log2(1 + magnitude / scale).sum()
+    return total
+
+
+@dataclass(frozen=True)
+class Price:
+    """The price of a bit, steered so that the size meets its limit before training ends.
+
+    Args:
+        value: the price now [loss per bit].
+        start: size at the beginning [bytes].
+        limit: size to end at [bytes].
+        reach: share of the training after which the limit is to be met.
+    """
+
+    value: float
+    start: float
+    limit: float
+    reach: float = 0.5
+
+    def wanted(self, progress: float) -> float:
+        """Return the size wanted at `progress` in [0, 1]: geometric from `start` to `limit`."""
+        share = min(1.0, progress / self.reach)
+        return math.exp((1 - share) * math.log(self.start) + share * math.log(self.limit))
+
+    def steer(self, size: float, progress: float) -> Price:
+        """Return the price after seeing `size` [bytes] at `progress`."""
+        ratio = max(0.2, min(5.0, size / self.wanted(progress)))
+        gain = 1.0 if progress < self.reach else 2.0
+        return Price(self.value * ratio**gain, self.start, self.limit, self.reach)
