@@ -26,7 +26,7 @@ def make_sources(count: int, seed: int = SEED) -> dict[str, np.ndarray]:
     """Return name -> symbols [count]: absmax-quantised bell curves, and a sparse codebook."""
     rng = np.random.default_rng(seed)
     bell, peak = rng.standard_normal(count), rng.laplace(size=count)
-    sparse = np.where(rng.random(count) < 0.9, 0, np.round(bell * 2.0).clip(-7, 7))
+    sparse = np.where(rng.random(count) < 0.9, 0, np.round(bell * 4.0).clip(-7, 7))
     sources = {
         "gauss int8": np.round(bell * 37.3),
         "laplace int8": np.round(peak * 17.4),
@@ -35,7 +35,10 @@ def make_sources(count: int, seed: int = SEED) -> dict[str, np.ndarray]:
         "sparse90 4-bit": sparse,
     }
     bound = {"int8": 127, "int4": 7, "4-bit": 7}
-    return {k: v.clip(-bound[k.split()[1]], bound[k.split()[1]]).astype(np.int32) for k, v in sources.items()}
+    return {
+        k: v.clip(-bound[k.split()[1]], bound[k.split()[1]]).astype(np.int32)
+        for k, v in sources.items()
+    }
 
 
 def entropy_bytes(symbols: np.ndarray) -> float:

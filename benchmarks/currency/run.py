@@ -12,6 +12,7 @@ one measured probe a layer. Writes `result.json` beside this file.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import time
@@ -24,7 +25,6 @@ import scipy
 import torch
 from torch import Tensor, nn
 
-import lamina
 from lamina.measure.calibrate import calibrate
 from lamina.measure.quality import fidelity
 from lamina.measure.stats import Stats, predict_error
@@ -80,8 +80,10 @@ def layer_sites(module: nn.Module) -> Sites:
         geometry = {}
         if conv:
             geometry = {
-                "kernel": m.kernel_size, "stride": m.stride,
-                "padding": m.padding, "dilation": m.dilation,
+                "kernel": m.kernel_size,
+                "stride": m.stride,
+                "padding": m.padding,
+                "dilation": m.dilation,
             }
         names = {"module": name, "weight": f"{name}.weight", "bias": f"{name}.bias"}
         shape = tuple(m.weight.shape)
@@ -114,8 +116,11 @@ def measure_edits(network: Network, sites: Sites, plain: Stats, probed: Stats) -
             found = fidelity(network.module, changed, network.data.validation, loss="logits")
             rows.append(
                 {
-                    "layer": site.name, "kind": kind, "strength": strength,
-                    "measured": found.kl, "agreement": found.agreement,
+                    "layer": site.name,
+                    "kind": kind,
+                    "strength": strength,
+                    "measured": found.kl,
+                    "agreement": found.agreement,
                     "without_probe": predict_error(plain.of(site.name), matrix, delta),
                     "with_probe": predict_error(probed.of(site.name), matrix, delta),
                 }
@@ -170,7 +175,8 @@ def main() -> None:
         "spearman_by_layer": by_layer,
         "scale": {site.name: round(probed.layers[site.name].scale, 4) for site in sites.layers},
         "seconds": {
-            "calibrate": round(middle - start, 2), "calibrate_and_probe": round(end - middle, 2)
+            "calibrate": round(middle - start, 2),
+            "calibrate_and_probe": round(end - middle, 2),
         },
         "samples": {"calibration": plain.samples, "measured": 1000},
         "seed": options.seed,
@@ -178,8 +184,11 @@ def main() -> None:
         "threads": 1,
         "date": date.today().isoformat(),
         "versions": {
-            "lamina": getattr(lamina, "__version__", "0.1.0"), "python": platform.python_version(),
-            "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
+            "lamina": importlib.metadata.version("lamina"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "scipy": scipy.__version__,
         },
         "rows": rows,
     }

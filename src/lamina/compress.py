@@ -18,7 +18,7 @@ from lamina.data import load as load_data
 from lamina.errors import BudgetError, DataError, InfeasibleError, NetworkError
 from lamina.forms import Edit
 from lamina.measure.calibrate import calibrate
-from lamina.measure.quality import evaluate
+from lamina.measure.quality import evaluate, metric_named
 from lamina.measure.stats import Stats
 from lamina.measure.store import dump_stats, parse_stats
 from lamina.network.discover import discover
@@ -26,6 +26,7 @@ from lamina.network.load import check_network, open_network
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
+from lamina.plan.apply import check_fits
 from lamina.plan.chains import dump_candidates, parse_candidates
 from lamina.report import Report, collect
 from lamina.run import RunFolder, key_of, write_atomic
@@ -161,8 +162,11 @@ def compress(
     with way.timed("discover"):
         check_network(way.network)
         sites = discover(way.network)
+        if plan is not None:
+            check_fits(plan, way.network, sites)
+        check_metric(way)
     stats = measured(way, sites)
-    candidates = offered(way, sites, stats)
+    candidates = offered(way, sites, stats) if plan is None else {}
     with way.timed("plan"):
         chosen = plan or planned(way, sites, stats, candidates)
         if way.folder:
@@ -190,7 +194,7 @@ def compress(
     made = Report({**facts, "stages": way.stages})
     if way.folder:
         made.save(way.folder.path)
-    if limit is not None and len(file) > limit:
+    if limit is not None and len(file) > limit and (plan is None or recovered):
         nearest = {"bytes": float(len(file))}
         raise InfeasibleError(
             "no plan fits the budget", way.budget.describe(), f"the file takes {len(file)} bytes",
@@ -210,11 +214,13 @@ def _begin(
         raise BudgetError("no budget", "", "something must be met", "give budget='2%', say")
     limits = Budget.parse(budget if budget is not None else (plan.budget if plan else budget))
     choose_methods(methods)
+    if metric is not None:
+        metric_named(metric)
+    recovery, auto = _recovery(recover, seed)
     if isinstance(data, str):
         data = load_data(data)
     loaders = as_data(data)
     network = open_model(model, example_inputs, loaders)
-    recovery, auto = _recovery(recover, seed)
     return Way(
         network=network,
         data=loaders,
@@ -235,13 +241,22 @@ def _recovery(recover: Any, seed: int) -> tuple[Recovery | None, bool]:
         return Recovery(seed=seed), True
     if isinstance(recover, Recovery):
         return recover, False
-    if isinstance(recover, (int, float)) and not isinstance(recover, bool) and recover >= 0:
+    if isinstance(recover, (int, float)) and not isinstance(recover, bool) and 0 <= recover < 1e6:
         return (Recovery(epochs=float(recover), seed=seed), False) if recover else (None, False)
     raise BudgetError("cannot read recover", repr(recover), "", "give 'auto', None or epochs")
 
 
-def open_model(model: Any, example_inputs: Any = None, data: Data | None = None) -> Network:
+def open_model(
+    model: Any, example_inputs: Any = None, data: Data | None = None, skeleton: Any = None
+) -> Network:
     """Return a Network for anything that `compress` takes as a model.
+
+    Args:
+        model: see `compress`.
+        example_inputs: inputs of one forward pass; wins over what the model brings along.
+        data: gives example inputs where there are none.
+        skeleton: what a `.lamina` file of a network of one's own is put into: a module, a Network or
+            `"file.py:function"`.
 
     Raises:
         NetworkError: it cannot be opened.
@@ -253,7 +268,8 @@ def open_model(model: Any, example_inputs: Any = None, data: Data | None = None)
         network = zoo(model)
     elif isinstance(model, (str, Path)) and str(model).endswith(".lamina"):
         package = artifact.read(model)
-        network = replace(_skeleton(package.skeleton, str(model)), source="module")
+        made = open_network(skeleton) if skeleton is not None else None
+        network = replace(made or _skeleton(package.skeleton, str(model)), source="module")
         network = replace(network, module=artifact.restore(package, network.module))
     elif isinstance(model, str) and ".py" not in model:
         raise NetworkError(
@@ -299,7 +315,7 @@ def _skeleton(source: str, where: str, trust: Sequence[str] = ()) -> Network:
         return open_network(name)
     raise FileError(
         "the file does not say how to rebuild its network", where, f"its skeleton is {source!r}",
-        "give skeleton=YourNet() (or trust=(source,) for a factory you trust)",
+        "give skeleton=YourNet(), or on the command line --skeleton file.py:function",
     )  # fmt: skip
 
 
@@ -393,8 +409,7 @@ def planned(way: Way, sites: Sites, stats: Stats, candidates: Candidates) -> Pla
         return searched(way, sites, stats, candidates)
     if way.budget.size is None or not squeezable(way, candidates):
         return plan(way.network, sites, stats, candidates, way.budget)
-    loose = replace(way.budget, size=None)
-    roomy = plan(way.network, sites, stats, candidates, replace(loose, size="100%"))
+    roomy = plan(way.network, sites, stats, candidates, replace(way.budget, size="100%"))
     working = [b for b, e in roomy.curve if e <= SLACK_ERROR]
     limit = way.budget.resolve(
         {"bytes": roomy.original.bits / 8, "macs": roomy.original.macs,
@@ -454,6 +469,17 @@ def metric_of(way: Way) -> Any:
             return "accuracy"
         break
     return "agreement"
+
+
+def check_metric(way: Way) -> None:
+    """Measure a metric the user asked for once, before the work whose result it will judge.
+
+    Raises:
+        DataError: it is not a number, or does not fit the data.
+    """
+    if way.metric != "auto" and way.data is not None and way.data.validation is not None:
+        original = way.network
+        evaluate(original.module, way.data.validation, way.metric, original=original)
 
 
 def applied(way: Way, chosen: Plan, sites: Sites, stats: Stats) -> Edited:

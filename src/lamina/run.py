@@ -15,6 +15,7 @@ from typing import Any
 from lamina.errors import BusyError, RunError
 
 MARK = "lamina-run.json"
+PART = ".part"  # files that are being written; after a kill they are left behind
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -26,19 +27,21 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        temporary = None
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise RunError(
             "cannot write", str(path), error.strerror or str(error), "free space or choose a folder"
         ) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -95,9 +98,11 @@ def open_run(path: str | Path) -> Iterator[RunFolder]:
         BusyError: another process holds the lock.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    is_new = not folder.exists()
+    if not is_new and not folder.is_dir():
         raise RunError("the run folder is a file", str(folder), "", "choose another with -o")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
+    others = [] if is_new else [e for e in folder.iterdir() if not e.name.endswith(PART)]
+    if others and not (folder / MARK).exists():
         raise RunError(
             "the folder holds other things", str(folder), "it is not a run folder",
             "choose an empty or a new one with -o",
@@ -105,10 +110,26 @@ def open_run(path: str | Path) -> Iterator[RunFolder]:
     if not (folder / MARK).exists():
         write_atomic(folder / MARK, b'{"lamina_run": 1}\n')
     lock = _lock(folder)
+    for part in (*folder.glob(f".*{PART}"), *folder.glob(f"stages/.*{PART}")):
+        part.unlink(missing_ok=True)
     try:
         yield RunFolder(folder)
     finally:
+        if is_new:
+            _discard(folder)
         os.close(lock)  # closing gives the lock back, and so does any kind of death
+
+
+def _discard(folder: Path) -> None:
+    """Remove a run folder in which nothing was made, because the input was wrong."""
+    try:
+        if not {entry.name for entry in folder.iterdir()} <= {MARK, ".lock"}:
+            return
+        for name in (MARK, ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:  # another process has begun to use it, or (Windows) the lock is open
+        pass
 
 
 def _lock(folder: Path) -> int:

@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.network.tiny import Counting, Uncopyable
 from torch import nn
 
 from lamina.network.discover import discover
 from lamina.network.isolate import batch_size, clone, isolated, one_line
 from lamina.network.load import check_network
 from lamina.network.source import Network, digest
-from tests.network.tiny import Counting, Uncopyable
 
 
 def state(module: nn.Module) -> tuple[object, ...]:
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules()]
     tensors = [*module.parameters(), *module.buffers()]
     flags = [m.training for m in module.modules()]
-    return hooks, flags, [(id(t), t._version if t.requires_grad else 0) for t in tensors], digest(module)
+    return (
+        hooks,
+        flags,
+        [(id(t), t._version if t.requires_grad else 0) for t in tensors],
+        digest(module),
+    )
 
 
 @pytest.mark.parametrize("kind", [Counting, Uncopyable])

@@ -1,4 +1,4 @@
-"""The matrices of a site are what the real layer multiplies by: checked on real layers, in float64."""
+"""The matrices of a site are what the real layer multiplies by: checked in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def check_round_trip(site: Site, weight: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
-@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2), (3, 0, 2)])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2), (3, 0, 2)]
+)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_conv2d_is_its_matrix_on_unfolded_patches(stride, padding, dilation, groups):
     conv = nn.Conv2d(4, 8, (3, 2), stride, padding, dilation, groups).double()
@@ -51,7 +53,9 @@ def test_depthwise_conv_is_one_row_per_group():
 def test_conv1d_and_conv3d(groups):
     conv = nn.Conv1d(4, 6, 3, stride=2, dilation=2, groups=groups, bias=False).double()
     x = torch.randn(2, 4, 15, dtype=torch.float64)
-    patches = x.unfold(2, 5, 2)[..., ::2].permute(0, 1, 3, 2).unflatten(1, (groups, -1)).flatten(2, 3)
+    patches = (
+        x.unfold(2, 5, 2)[..., ::2].permute(0, 1, 3, 2).unflatten(1, (groups, -1)).flatten(2, 3)
+    )
     matrix = check_round_trip(site_of(conv), conv.weight)
     torch.testing.assert_close(
         torch.einsum("goi,bgil->bgol", matrix, patches).flatten(1, 2), conv(x)

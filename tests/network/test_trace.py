@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tests.network.tiny import Branching, Mlp, Residual
 from torch import nn
 
 from lamina.network.source import Network
 from lamina.network.trace import Flow, trace
-from tests.network.tiny import Branching, Mlp, Residual
 
 
 def flow_of(module: nn.Module, *inputs: torch.Tensor, **kwargs: torch.Tensor) -> Flow:

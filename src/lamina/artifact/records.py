@@ -15,6 +15,7 @@ Symbols are coded as the tensor's 2-D view `[shape[0], rest]`.
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -85,9 +86,13 @@ def from_bytes(data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> 
     size = torch.empty((), dtype=dtype).element_size()
     count = int(np.prod(shape, dtype=object)) if shape else 1
     if len(data) != count * size:
-        raise FileError("a raw tensor has the wrong length", f"{shape} {dtype}", f"{len(data)} bytes")
+        raise FileError(
+            "a raw tensor has the wrong length", f"{shape} {dtype}", f"{len(data)} bytes"
+        )
     if not count:
         return torch.empty(shape, dtype=dtype)
+    if dtype == torch.bool and max(data) > 1:  # undefined behaviour in torch
+        raise FileError("a truth value is neither 0 nor 1", str(shape), "the file is damaged")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
@@ -111,7 +116,9 @@ def _code(array: np.ndarray) -> tuple[int, bytes]:
 
 def _decode(codec: int, data: memoryview, shape: tuple[int, int]) -> torch.Tensor:
     if codec >= len(CODEC_IDS):
-        raise FileError("unknown codec", str(codec), "this version does not have it", "update lamina")
+        raise FileError(
+            "unknown codec", str(codec), "this version does not have it", "update lamina"
+        )
     name = CODEC_IDS[codec]
     if name == "raw":
         array = raw.decode(bytes(data), shape, np.dtype("<i4"))
@@ -136,8 +143,11 @@ def encode(values: Values) -> bytes:
 
 
 def _encode_sparse(values: Sparse) -> bytes:
-    tensor = values.tensor.detach().cpu()
-    mask = tensor != 0
+    tensor = values.tensor.detach().cpu().contiguous()
+    # By bits and not by value: a negative zero has to come back.
+    flat = tensor.reshape(-1)
+    mask = flat.view(torch.uint8).reshape(flat.numel(), -1).any(1) if flat.numel() else flat != 0
+    mask = mask.reshape(tensor.shape).bool()  # `any` of bytes gives bytes
     codec, data = _code(matrix_view(mask))
     return bytes([1 | codec << 3]) + varint(len(data)) + data + flat_bytes(tensor[mask])
 
@@ -171,6 +181,11 @@ def decode(body: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> Valu
     if form == 3:
         return _decode_grid(body, codec, shape, dtype)
     raise FileError("unknown form of values", str(form), "", "update lamina")
+
+
+def codec_of(body: memoryview) -> str:
+    """Return the name of the codec of a valid record's symbols."""
+    return CODEC_IDS[body[0] >> 3 & 7] if body[0] & 7 else "raw"
 
 
 def _part(body: memoryview, at: int, length: int) -> tuple[memoryview, int]:
@@ -215,7 +230,10 @@ def _decode_grid(
         kind, at = _part(body, at, 1)
         length, at = read_varint(body, at)
         data, at = _part(body, at, length)
-        count = view_shape(shape)[1] if axis else (shape[0] if shape else 1)
+        rest = math.prod(shape[1:])
+        if not shape or not shape[0] * rest:
+            raise FileError("a grid with exponents has no axes", str(shape), "the file is damaged")
+        count = rest if axis else shape[0]
         exponents = _decode(kind[0], data, (1, count)).reshape(-1)
         if exponents.numel() and int(exponents.abs().max()) > 400:
             raise FileError("a grid's exponent is out of range", str(shape), "the file is damaged")

@@ -1,0 +1,129 @@
+"""Codecs: symbols to bytes and back, exactly, and a prediction of the length.
+
+The contract each codec keeps:
+
+1. `decode(encode(x), x.shape)` equals `x` to the bit, on every machine, with or without numba:
+   the bytes do not depend on the backend, and golden files keep decoding forever.
+2. The shape is not in the bytes (the manifest has it), nor is a checksum (the artifact has one).
+3. `decode` of damaged bytes raises `FileError` or returns wrong values of the declared shape, in
+   bounded time and memory; nothing larger than a few times the declared shape is ever allocated.
+4. Integer codecs take any integer array that fits into int32 and give int32 back.
+
+| codec | for | decode |
+|---|---|---|
+| `raw` | floats, and whatever does not compress; also takes and needs the type | memory speed |
+| `rans` | integers; order-0 entropy plus a small table | hundreds of millions of symbols a second |
+| `adaptive` | small integer tensors with structured zeros; no table | about a million a second |
+
+A new codec is one module with `encode`, `decode` and `length`, and one line in `CODECS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.codecs import adaptive, rans, raw
+from lamina.codecs.structure import structure_bits
+from lamina.codecs.symbols import Symbols, check_symbols
+from lamina.errors import FileError
+
+__all__ = ["CODECS", "INTEGER", "best", "estimate", "get", "length"]
+
+CODECS: dict[str, ModuleType] = {"raw": raw, "rans": rans, "adaptive": adaptive}
+INTEGER = ("rans", "adaptive")
+
+
+def get(name: str) -> ModuleType:
+    """Return the codec of that name, as a file states it.
+
+    Raises:
+        FileError: there is no such codec.
+
+    Example:
+        >>> get("rans").decode(get("rans").encode([7, 7, 7]), (3,)).tolist()
+        [7, 7, 7]
+    """
+    if name not in CODECS:
+        fix = "a newer version may know it; here are " + ", ".join(CODECS)
+        raise FileError("cannot decode a tensor", repr(name), "no codec has that name", fix)
+    return CODECS[name]
+
+
+def best(symbols: NDArray[Any], names: Sequence[str] | None = None) -> tuple[str, bytes]:
+    """Return the shortest code of an integer tensor and the codec's name.
+
+    Adaptive is left out for more than 2 ** 21 symbols, and for long tensors of large values, where
+    it takes seconds and gains nothing; a named codec alone is always used.
+
+    Args:
+        symbols: whole numbers that fit into int32, any shape.
+        names: the integer codecs to choose from; all by default.
+
+    Raises:
+        ValueError: the values are not such numbers, or a name is not that of an integer codec.
+
+    Example:
+        >>> import numpy as np
+        >>> best(np.eye(64, dtype=int) * 0)
+        ('adaptive', b'')
+    """
+    array = check_symbols(symbols)
+    chosen = INTEGER if names is None else tuple(names)
+    if not chosen or not set(chosen) <= set(INTEGER):
+        raise ValueError(f"names are of {INTEGER}, not {chosen}")
+    if len(chosen) > 1 and not _suits_adaptive(array):
+        chosen = tuple(name for name in chosen if name != "adaptive")
+    codes = [(name, CODECS[name].encode(array)) for name in chosen]
+    return min(codes, key=lambda code: len(code[1]))
+
+
+def length(symbols: NDArray[Any]) -> int:
+    """Return the bytes of `best(symbols)`, to within 0.5 % and 8 bytes.
+
+    Exact where adaptive has to be run; from the histogram alone where it has not.
+    """
+    array = check_symbols(symbols)
+    static = rans.length(array)
+    return min(static, adaptive.length(array)) if _suits_adaptive(array) else static
+
+
+def estimate(symbols: NDArray[Any]) -> float:
+    """Return the bytes of `best(symbols)`, roughly and fast: for a planner's many questions.
+
+    The static codec's length from the histogram, or order-0 entropy less what the densities of
+    rows and columns are worth to the adaptive one (`structure_bits`). Over 12 tensors of trained
+    LeNet-5s and 14 synthetic ones (10 to 400,000 symbols) it was off by 3 % in the median; at
+    worst by 5 % and 8 bytes on matrices and by 10 % on convolutions (whose kernels' structure it
+    does not see); within 0.5 % where rans codes. It takes 1 to 5 ms.
+
+    Args:
+        symbols: whole numbers that fit into int32, any shape.
+    """
+    array = check_symbols(symbols)
+    if not array.any():
+        return 0.0 if array.size <= adaptive.LARGEST else float(rans.length(array))
+    static = float(rans.length(array))
+    if not _suits_adaptive(array):
+        return static
+    return min(static, _estimate_adaptive(array))
+
+
+def _estimate_adaptive(array: Symbols) -> float:
+    counts = rans.count_symbols(array.reshape(-1))[1]
+    entropy = float(-(counts * np.log2(counts / array.size)).sum())
+    rows = array.shape[0] if array.ndim else 1
+    grid = array.reshape(rows, -1)
+    saved = structure_bits(grid != 0)
+    # Fitted: each distinct value and each byte cost a little to learn.
+    return 1.0 + 0.4 * len(counts) + 1.002 * max(entropy - saved, 0.0) / 8
+
+
+def _suits_adaptive(array: Symbols) -> bool:
+    if array.size > adaptive.LARGEST:
+        return False
+    return array.size <= 1 << 16 or float(np.abs(array.reshape(-1), dtype=np.float64).mean()) <= 8.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from lamina.codecs.symbols import Symbols, check_symbols, count_elements
 from lamina.errors import FileError
 
 LARGEST = 1 << 21  # symbols
-TRY_BLOCKS = 1 << 19  # symbols; a longer tensor is not tried with guessed blocks
+TRY_BLOCKS = 1 << 16  # symbols; a longer tensor is not tried with guessed blocks
 BLOCKS = (4, 9, 16, 25, 36, 49)  # after none and the kernel's own size
 
 
@@ -152,12 +153,22 @@ def _run(
 ) -> tuple[NDArray[Any], int]:
     """Run the kernel; return what it wrote (symbols or bytes) and its verdict."""
     memory = make_memory(cols, -(-cols // block))
-    arrays = (np.array(SETTINGS, dtype=np.int64), *make_tables(), *memory)
+    arrays = (*_constants(), *memory)
     fast = compiled(code_symbols, backend)
     if fast is not None:
         end = int(fast(flat, rows, cols, block, prefix, width, room, decoding, *arrays))
         return (flat if decoding else room), end
     line, data = flat.tolist(), room.tolist()
-    lists = (array.tolist() for array in arrays)
+    lists = (*_constant_lists(), *(array.tolist() for array in memory))
     end = code_symbols(line, rows, cols, block, prefix, width, data, decoding, *lists)
     return np.array(line if decoding else data, dtype=np.int64), end
+
+
+@cache
+def _constants() -> tuple[NDArray[np.int64], ...]:
+    return (np.array(SETTINGS, dtype=np.int64), *make_tables())
+
+
+@cache
+def _constant_lists() -> tuple[list[int], ...]:
+    return tuple(array.tolist() for array in _constants())

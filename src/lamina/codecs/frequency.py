@@ -156,7 +156,7 @@ def _escape_limits(counts: Ints) -> list[int]:
     limits = [must]
     for limit in (1, 2, 4, 16):
         rare = int((counts <= limit).sum())
-        if limit > must and 4 <= rare and rare > int((counts <= limits[-1]).sum()):
+        if limit > must and rare >= 4 and rare > int((counts <= limits[-1]).sum()):
             limits.append(limit)
     if len(counts) > 64 and counts.max() > limits[-1]:
         limits.append(int(counts.max()))

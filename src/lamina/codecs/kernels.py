@@ -19,7 +19,9 @@ def _numba_njit() -> Callable[..., Any] | None:
         return None
     try:
         from numba import njit
-    except Exception:  # numba also fails with SystemError or ImportError beside a numpy too new for it
+    except (
+        Exception
+    ):  # numba also fails with SystemError or ImportError beside a numpy too new for it
         return None
     return njit  # type: ignore[no-any-return]
 

@@ -4,10 +4,10 @@ A symbol is binarised: non-zero?, sign, magnitude > 1, > 2, ... (12 steps), then
 order 2. Whether a symbol is non-zero is predicted by rates that multiply, as a Poisson model has
 them: with `g` the density of all symbols so far, row i has the rate (n_i + a) / (e_i + a), where n
 counts its non-zeros so far and e those that the columns' rates made us expect (so a dead column
-is no evidence against a row), and likewise columns, pairs of neighbouring columns, the previous row,
-the near neighbourhood, and the block (one convolution kernel) that the symbol lies in. Their
-log odds, and those of six small tables of adaptive counters, are mixed by online logistic
-regression (Mahoney 2005, "Adaptive weighing of context models", eq. 4-6; lpaq). The
+is no evidence against a row); likewise columns, pairs of neighbouring columns, the previous row,
+the near neighbourhood, and the block (one convolution kernel) that the symbol lies in. Their log
+odds, and those of six small tables of adaptive counters, are mixed by online logistic regression
+(Mahoney 2005, "Adaptive weighing of context models for lossless data compression", section 3). The
 decision is then coded by a range coder with carry.
 
 All numbers are integers below 2^63, so a compiled and an uncompiled run, and every machine, agree
@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def code_symbols(  # noqa: C901 (one function on purpose: both directions, compiled or not, share it)
+def code_symbols(  # one function on purpose: both directions, compiled or not, share it
     symbols: Any,  # [rows * cols]
     rows: Any,
     cols: Any,
@@ -243,8 +243,12 @@ def code_symbols(  # noqa: C901 (one function on purpose: both directions, compi
                     end += 1
                 # 4. learning
                 if stage < 15:
-                    a = ((bit << 16) - p0) * (settings[12] + settings[13] * 16 // (16 + trained[s0]))
-                    b = ((bit << 16) - p1) * (settings[12] + settings[13] * 16 // (16 + trained[s1]))
+                    a = ((bit << 16) - p0) * (
+                        settings[12] + settings[13] * 16 // (16 + trained[s0])
+                    )
+                    b = ((bit << 16) - p1) * (
+                        settings[12] + settings[13] * 16 // (16 + trained[s1])
+                    )
                     trained[s0] += 1
                     trained[s1] += 1
                     for k in range(n_in):

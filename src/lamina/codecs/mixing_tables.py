@@ -1,10 +1,8 @@
 """Constants, tables and fresh memory of the mixing model: exact integers on every machine."""
 
-
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,29 +16,29 @@ REACH = 3071  # largest log odds
 UNARY = 12  # steps of the magnitude before exp-Golomb
 
 SETTINGS = (  # found by random search over trained and synthetic tensors; a change breaks old files
-    49,  # 0 prior of the first row rate, 2^-8
-    2919,  # 1 prior of the second row rate
-    8,  # 2 prior of the first column rate
-    1342,  # 3 prior of the second column rate
-    90,  # 4 prior of the neighbour columns' rate
-    59,  # 5 prior of the near rate
-    26,  # 6 prior of the block's rate
-    212,  # 7 prior of the last row's rate
-    713,  # 8 weight of the near expectation, 1/16
-    4779,  # 9 first guess of the density, 2^-16
-    14,  # 10 weight of that guess, symbols
+    3,  # 0 prior of the first row rate, 2^-8
+    3665,  # 1 prior of the second row rate
+    3,  # 2 prior of the first column rate
+    1337,  # 3 prior of the second column rate
+    169,  # 4 prior of the neighbour columns' rate
+    54,  # 5 prior of the near rate
+    9,  # 6 prior of the block's rate
+    919,  # 7 prior of the last row's rate
+    723,  # 8 weight of the near expectation, 1/16
+    8787,  # 9 first guess of the density, 2^-16
+    19,  # 10 weight of that guess, symbols
     68,  # 11 width of a step of expected log odds
-    372,  # 12 final learning rate of the mixers
-    2206,  # 13 extra learning rate at first
-    9,  # 14 first step of a counter: 2 / this
-    3057,  # 15 slowest step of a counter: 1 / this
+    292,  # 12 final learning rate of the mixers
+    586,  # 13 extra learning rate at first
+    5,  # 14 first step of a counter: 2 / this
+    2784,  # 15 slowest step of a counter: 1 / this
     5,  # 16 first step of a plain probability: 2 / this
-    33,  # 17 slowest step of it: 1 / this
+    60,  # 17 slowest step of it: 1 / this
 )
 # first weights, 65536 = 1: each context; density, row twice, column twice, neighbours, near, block,
 # last row, constant
-ZERO_WEIGHTS = (3790, 46795, 19865, 13704, 14796, 11618, 4347, 1608, 14129, 0, 0)
-OTHER_WEIGHTS = (8490, 5215)
+ZERO_WEIGHTS = (2488, 46441, 6598, 4521, 10302, 2455, 1673, 779, 18600, 0, 0)
+OTHER_WEIGHTS = (9438, 908)
 
 
 @cache
@@ -87,6 +85,12 @@ def make_memory(cols: int, blocks: int) -> tuple[NDArray[np.int64], ...]:
     priors = np.array(SETTINGS[:RATES], dtype=np.int64) << 14
     slots = np.full(3 * CONTEXTS * SLOTS, -1, dtype=np.int64)
     plain = np.full(3 * 32, 32768, dtype=np.int64)
-    memory = (slots, zeros(len(slots)), weights.reshape(-1), zeros(2 * SETS), plain)
+    memory: tuple[NDArray[np.int64], ...] = (
+        slots,
+        zeros(len(slots)),
+        weights.reshape(-1),
+        zeros(2 * SETS),
+        plain,
+    )
     memory += (zeros(len(plain)), zeros(cols), zeros(cols), zeros(cols), zeros(cols))
     return (*memory, zeros(blocks), zeros(CONTEXTS), zeros(INPUTS), zeros(8), zeros(8), priors)

@@ -314,7 +314,8 @@ def _pull(
     fast = compiled(pull_lanes, backend)
     if fast is not None:
         out = np.empty(size, dtype=np.int32)
-        read = fast(words, states, packed, by_slot, bits, out)
+        states = states.astype(np.uint32)  # half the bytes: states and tables share the cache
+        read = fast(words, states, packed.astype(np.uint32), by_slot, bits, out)
     elif len(states) > 1:
         out, read = _pull_rows(words, states, packed, by_slot, bits, size)
     else:

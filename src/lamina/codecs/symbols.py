@@ -37,9 +37,10 @@ def count_elements(shape: Sequence[int]) -> int:
     Raises:
         FileError: a dimension is negative, or the tensor could not exist.
     """
-    if any(int(side) < 0 for side in shape):
+    sides = [int(side) for side in shape]
+    if any(side < 0 for side in sides):
         raise FileError("cannot decode a coded tensor", str(tuple(shape)), "a side is negative")
-    size = math.prod(int(side) for side in shape)
-    if size > LARGEST:
+    # numpy refuses too many sides, and too large ones even beside a side of 0
+    if len(sides) > 32 or math.prod(max(side, 1) for side in sides) > LARGEST:
         raise FileError("cannot decode a coded tensor", str(tuple(shape)), "it is too large")
-    return size
+    return math.prod(sides)

@@ -2,9 +2,10 @@
 
 from lamina.forms.edit import BUILDERS, Edit, builder, find_tensor, install
 from lamina.forms.low_rank import GroupedLinear
-from lamina.forms.values import Codebook, Grid, Plain, Sparse, Values
+from lamina.forms.values import FORMS_OF_VALUES, Codebook, Grid, Plain, Sparse, Values
 
 __all__ = [
+    "FORMS_OF_VALUES",
     "BUILDERS",
     "Codebook",
     "Edit",

@@ -1,4 +1,4 @@
-"""The low rank form: one layer becomes an encoding layer (grouped by folds) and a 1x1 decoding one."""
+"""The low rank form: an encoding layer (grouped by folds) and a 1x1 decoding layer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
         return module.in_features, 1, module.out_features
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
         return module.in_channels, math.prod(module.kernel_size), module.out_channels
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face: [in, out]
+    if any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf"):
+        # Hugging Face's, known by its name as the package may be absent; stored [in, out]
         inputs, outputs = module.weight.shape  # type: ignore[union-attr,misc]
         return inputs, 1, outputs
     return None

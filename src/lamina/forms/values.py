@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 
@@ -89,7 +88,7 @@ def exponent_scale(exponents: torch.Tensor) -> torch.Tensor:
     return torch.tensor(scales, dtype=torch.float64).to(torch.float32)
 
 
-Values = Union[Plain, Sparse, Codebook, Grid]
+Values = Plain | Sparse | Codebook | Grid
 FORMS_OF_VALUES: dict[str, type] = {
     "plain": Plain,
     "sparse": Sparse,

@@ -1,4 +1,4 @@
-"""One streaming pass over calibration data: what every layer sees, and what the loss feels of it."""
+"""One streaming pass over calibration data: what each layer sees, what the loss feels of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lamina.data import as_data
+from lamina.data import as_data, size_of
 from lamina.errors import DataError
 from lamina.measure.columns import (
     gradient_columns,
@@ -21,9 +21,9 @@ from lamina.measure.columns import (
     token_counts,
 )
 from lamina.measure.forward import Batch, at_rest, batches, call, device_of
-from lamina.measure.loss import Loss, decide_loss, pseudo_loss
+from lamina.measure.loss import Loss, decide_loss, pick_temperature, pseudo_loss
 from lamina.measure.moments import Moment, add_columns, empty_moment, is_finite, layer_stats
-from lamina.measure.probe import Probe, collect_probe, measure_scale, probe_size
+from lamina.measure.probe import Probe, collect_probe, measure_scale, probe_size, unit_of
 from lamina.measure.stats import LayerStats, Stats
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network, main_output
@@ -52,6 +52,7 @@ def calibrate(
     seed: int = 0,
     loss: str = "auto",
     probe: bool = True,
+    temperature: float | None = None,
     progress: Progress | None = None,
 ) -> Stats:
     """Measure every layer's input and output-gradient second moments in one pass.
@@ -73,6 +74,8 @@ def calibrate(
         seed: of the sampled labels, of positions left out, of probes.
         loss: `"logits"`, `"features"` or `"auto"`.
         probe: fix every layer's scale by one measured perturbation (`measure/probe.py`).
+        temperature: that softens logits; None: 1 without a probe, with one as much as the outputs
+            need (see `measure/loss.py`).
         progress: called as `progress(phase, done, total)`; phases `"calibrate"`, `"probe"`.
 
     Returns:
@@ -96,6 +99,7 @@ def calibrate(
     if samples < 1:
         raise DataError("too few samples", str(samples), "", "calibrate on at least 1")
     module = network.module
+    samples = min(samples, _known_size(loader, samples))
     pass_ = _Pass(module, sites.layers, samples, seed)
     kind = loss if loss != "auto" else network.loss
     decided: Loss | None = None
@@ -107,6 +111,9 @@ def calibrate(
             raw, output = pass_.forward(batch, network.example_inputs)
             if decided is None:
                 decided = decide_loss(kind, raw, output, batch.labels)
+                if temperature is None:
+                    temperature = pick_temperature(decided, output) if probe else 1.0
+                decided = decided.soft(temperature)
             pass_.backward(decided, output, batch)
             seen += batch.size
             if room > 0:
@@ -117,29 +124,35 @@ def calibrate(
             del raw, output
     assert decided is not None
     layers, blind, notes = pass_.finish(seen)
+    if decided.temperature != 1:
+        notes = (*notes, f"logits softened by a temperature of {decided.temperature:g}")
     if probe and probes:
+        readings = {}
         with at_rest(module, seed=seed):
             for done, site in enumerate(sites.layers, 1):
-                layers[site.name] = _rescaled(
-                    module, site, layers[site.name], probes, decided, seed, site.name in blind
+                # A guessed moment has no size that could be trusted, so none is ruled out.
+                limits = (1e-12, 1e12) if site.name in blind else (1e-3, 1e3)
+                readings[site.name] = measure_scale(
+                    module, site, layers[site.name], probes, decided, seed=seed, limits=limits
                 )
                 if progress is not None:
                     progress("probe", done, len(sites.layers))
+        unit = unit_of(list(readings.values()))
+        layers = {name: s.with_scale(readings[name].scale * unit) for name, s in layers.items()}
     return Stats(layers, seen, decided.kind, network.digest(), notes)
 
 
-def _rescaled(
-    module: nn.Module,
-    site: Site,
-    stats: LayerStats,
-    probes: list[Probe],
-    loss: Loss,
-    seed: int,
-    blind: bool,
-) -> LayerStats:
-    limits = (1e-12, 1e12) if blind else (1e-3, 1e3)  # a guessed size is not to be trusted at all
-    scale = measure_scale(module, site, stats, probes, loss, seed=seed, limits=limits)
-    return replace(stats, G=stats.G * scale) if blind else stats.with_scale(scale)
+def _known_size(loader: Any, otherwise: int) -> int:
+    """How many samples a loader holds, where that can be told without going through it."""
+    if isinstance(loader, (list, tuple)):
+        return sum(size_of(batch) for batch in loader)
+    sized = getattr(loader, "dataset_size", None)
+    if sized is None:
+        try:
+            sized = len(loader.dataset)
+        except (AttributeError, TypeError):
+            return otherwise
+    return int(sized) if sized > 0 else otherwise
 
 
 class _Pass:
@@ -169,7 +182,9 @@ class _Pass:
         """Run one batch with a graph; fills the input moments and the taps."""
         self.taps, self.size = [], batch.size
         handles = [
-            self.module.get_submodule(path).register_forward_hook(self._hook(path), with_kwargs=True)
+            self.module.get_submodule(path).register_forward_hook(
+                self._hook(path), with_kwargs=True
+            )
             for path in self.watches
         ]
         try:
@@ -209,7 +224,9 @@ class _Pass:
                 self.gradients[name] = add_columns(self.gradients[name], parts)
                 if not is_finite(self.gradients[name]):
                     raise DataError(
-                        "non-finite gradients", f"layer {name!r}", "the network overflows here",
+                        "non-finite gradients",
+                        f"layer {name!r}",
+                        "the network overflows here",
                         "use a wider dtype or other data",
                     )
 
@@ -266,15 +283,15 @@ class _Pass:
             self.inputs[name] = replace(moment, count=moment.count + index.numel())
             return
         limit = self._limit(moment.first.shape[1])
-        parts = input_columns(
-            site, watch.role, module, args, kwargs, output, limit, self.positions
-        )
+        parts = input_columns(site, watch.role, module, args, kwargs, output, limit, self.positions)
         with torch.no_grad():
             self.inputs[name] = add_columns(moment, parts)
         if not is_finite(self.inputs[name]):
             raise DataError(
-                "non-finite values", f"the input of layer {name!r}",
-                "the data or a layer before it holds NaN or infinity", "check data and weights",
+                "non-finite values",
+                f"the input of layer {name!r}",
+                "the data or a layer before it holds NaN or infinity",
+                "check data and weights",
             )
 
 

@@ -42,8 +42,8 @@ def role_of(root: nn.Module, site: Site) -> tuple[str, str]:
 
     Returns:
         the module path and `"direct"`; for weights that a larger module uses raw, its path and
-        `"in_proj"`, `"out_proj"` (attention), `"input"`, `"state"` or `"hidden"` (recurrent: sees
-        the input sequence, sees the output sequence, sees neither).
+        `"in_proj"`, `"out_proj"` (attention), `"input"`, `"state"`, `"cell_state"` or `"hidden"`
+        (recurrent: sees the input sequence, the output sequence, the state given to a cell, none).
     """
     module = root.get_submodule(site.module)
     parent_path, _, leaf = site.module.rpartition(".")
@@ -51,6 +51,8 @@ def role_of(root: nn.Module, site: Site) -> tuple[str, str]:
         return parent_path, "out_proj"
     if isinstance(module, nn.MultiheadAttention):
         return site.module, "out_proj" if "out_proj" in site.weight else "in_proj"
+    if isinstance(module, nn.RNNCellBase):
+        return site.module, "input" if site.weight.endswith("weight_ih") else "cell_state"
     if isinstance(module, nn.RNNBase):
         name = site.weight.rpartition(".")[2]
         layer = name.removesuffix("_reverse").rpartition("_l")[2]
@@ -99,6 +101,11 @@ def input_columns(
         yield from _pixels(_batched(x, site), site.groups, limit, generator)
     elif role == "direct" or role == "input":
         yield from _rows(x, site.groups, limit, generator)
+    elif role == "cell_state":
+        given = args[1] if len(args) > 1 else kwargs.get("hx")
+        h = given[0] if isinstance(given, (tuple, list)) else given
+        if isinstance(h, Tensor):  # none given: the state is zero and adds nothing
+            yield from _rows(h, 1, limit, generator)
     elif role == "state" or role == "hidden":
         y = main_tensor(output)
         assert y is not None
@@ -124,7 +131,7 @@ def gradient_columns(
         grad: gradient with respect to the called module's output.
         width: rows of the weight matrix (where gradients cannot be seen, only their power is used).
     """
-    if role in ("in_proj", "input", "state", "hidden"):
+    if role in ("in_proj", "input", "state", "cell_state", "hidden"):
         yield from _power(grad, width, limit, generator)
     elif site.op == "conv":
         yield from _pixels(_batched(grad, site), site.groups, limit, generator)
@@ -218,6 +225,7 @@ def _attention_inputs(
     if role == "out_proj":
         # The context is a mean of values: their second moment bounds it, the probe sets its scale.
         bias = module.in_proj_bias
+        weight: Tensor
         if module.in_proj_weight is not None:
             weight = module.in_proj_weight[2 * module.embed_dim :]
         else:
@@ -241,9 +249,7 @@ def _batched(x: Tensor, site: Site) -> Tensor:
     return x.unsqueeze(0) if x.dim() == len(site.kernel) + 1 else x
 
 
-def _pick(
-    count: int, limit: int, generator: torch.Generator
-) -> tuple[Tensor | None, float]:
+def _pick(count: int, limit: int, generator: torch.Generator) -> tuple[Tensor | None, float]:
     """Draw which of `count` positions to look at, and how many each then stands for."""
     if count <= max(1, limit):
         return None, 1.0

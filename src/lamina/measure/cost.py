@@ -74,7 +74,9 @@ def measured_params(module: nn.Module) -> float:
 
 
 def measured_macs(
-    module: nn.Module, example_inputs: tuple[Any, ...], example_kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    example_inputs: tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> float:
     """Count the multiply-accumulates of one sample by running a module once, with hooks.
 
@@ -95,7 +97,8 @@ def measured_macs(
     """
     kwargs = dict(example_kwargs or {})
     size = next(
-        (len(v) for v in (*example_inputs, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), 1
+        (len(v) for v in (*example_inputs, *kwargs.values()) if isinstance(v, Tensor) and v.dim()),
+        1,
     )
     total = 0.0
 

@@ -52,7 +52,9 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def batches(module: nn.Module, loader: Iterable[Any], samples: int | None = None) -> Iterator[Batch]:
+def batches(
+    module: nn.Module, loader: Iterable[Any], samples: int | None = None
+) -> Iterator[Batch]:
     """Yield the batches of a loader on the module's device, `samples` samples in all.
 
     Floating inputs follow the dtype of the module's parameters where these agree on one; the last

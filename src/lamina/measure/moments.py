@@ -33,8 +33,10 @@ def empty_moment(groups: int, width: int, device: torch.device, diagonal: bool) 
     """Return a moment of nothing yet; the diagonal only where asked or where the side is wide."""
     diagonal = diagonal or width > WIDE
     shape = (groups, width) if diagonal else (groups, width, width)
-    like = {"dtype": torch.float64, "device": device}
-    return Moment(torch.zeros(shape, **like), torch.zeros(groups, width, **like))  # type: ignore[arg-type]
+    return Moment(
+        torch.zeros(shape, dtype=torch.float64, device=device),
+        torch.zeros(groups, width, dtype=torch.float64, device=device),
+    )
 
 
 def add_columns(moment: Moment, parts: Iterable[Columns]) -> Moment:

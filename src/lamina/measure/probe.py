@@ -2,6 +2,8 @@
 
 The Kronecker form takes neighbouring positions for independent, so it under-predicts convolutions
 about tenfold. The shape of its prediction is right, only the size is not: one probe mends that.
+Where statistics were made of softened outputs, the probe is measured on softened outputs as well,
+which tells layers apart far more steadily, and once more on the plain ones, for the unit.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from lamina.network.source import main_output
 SAMPLES = 500
 OUTPUTS = 1 << 26  # elements of reference outputs that are kept
 WORK = 5e12  # multiply-accumulates that all probes together may take
-LOW, HIGH = 1e-5 / 0.02, 0.3 / 0.02  # of the level aimed at; outside, the probe is repeated
+LOW, HIGH = 0.4, 2.5  # of the level aimed at: layers are compared at like damage
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,31 @@ class Probe:
 
     batch: Batch
     reference: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one probe told.
+
+    Args:
+        scale: measured over predicted loss increase, both of the softened outputs.
+        unit: measured increase of the plain loss over that of the softened one; 0 where neither
+            could be told.
+    """
+
+    scale: float = 1.0
+    unit: float = 0.0
+
+
+def unit_of(readings: Sequence[Reading]) -> float:
+    """Return the one factor from softened to plain nats: the geometric mean over all probes.
+
+    Example:
+        >>> round(unit_of([Reading(1.0, 2.0), Reading(1.0, 8.0), Reading()]), 6)
+        4.0
+    """
+    logs = [math.log(r.unit) for r in readings if r.unit > 0 and math.isfinite(r.unit)]
+    return math.exp(math.fsum(logs) / len(logs)) if logs else 1.0
 
 
 def probe_size(layers: Sequence[Site]) -> int:
@@ -63,8 +90,8 @@ def measure_scale(
     *,
     seed: int = 0,
     limits: tuple[float, float] = (1e-3, 1e3),
-) -> float:
-    """Measure one perturbation of a layer and return measured over predicted loss increase.
+) -> Reading:
+    """Measure one perturbation of a layer: how its loss increase compares with the prediction.
 
     The weight gets uniform noise, as rounding would give it, of the size that should cost 0.02 nats
     a prediction (features: 0.5 % of their power). Where the measured cost is too small to tell or
@@ -76,15 +103,16 @@ def measure_scale(
         site: the layer.
         stats: its statistics; their own `scale` is left out of the prediction.
         probes: inputs and reference outputs, from `collect_probe`.
-        loss: what the outputs are.
+        loss: what the outputs are, at the temperature the statistics were made at.
         seed: of the noise; each layer draws its own.
         limits: the scale is clamped to these.
 
     Returns:
-        the scale [1]; 1 where nothing is predicted and nothing can be compared.
+        the scale, and the plain loss in units of the softened one; a scale of 1 where nothing is
+        predicted, so that nothing can be compared.
     """
     if not probes:
-        return 1.0
+        return Reading()
     weight = find_tensor(module, site.weight)
     stats = stats.with_scale(1.0)
     matrix = as_matrix(site, weight.detach()).double().cpu()
@@ -92,38 +120,48 @@ def measure_scale(
     noise = torch.rand(matrix.shape, generator=generator, dtype=torch.float64) - 0.5
     unit = predict_error(stats, matrix, noise)
     if not math.isfinite(unit) or unit <= 0 or not matrix.numel():
-        return 1.0
+        return Reading()
     samples = sum(p.batch.size for p in probes)
     goal = sum(relative_level(loss, p.reference) * p.batch.size for p in probes) / samples
     step = math.sqrt(goal / unit)
-    measured = predicted = 0.0
+    measured = predicted = plain = 0.0
     for attempt in range(2):
-        changed = from_matrix(site, (matrix + step * noise)).to(weight.device, weight.dtype)
-        actual = as_matrix(site, changed).double().cpu() - matrix  # rounding to the dtype included
-        predicted = predict_error(stats, matrix, actual)
-        measured = _measure(module, weight, changed, probes, loss) / samples
-        if LOW * goal <= measured <= HIGH * goal or attempt:
+        measured = predicted = plain = 0.0
+        for sign in (1.0, -1.0):  # both, so that terms of odd order cancel
+            changed = from_matrix(site, matrix + sign * step * noise)
+            changed = changed.to(weight.device, weight.dtype)
+            actual = as_matrix(site, changed).double().cpu() - matrix  # rounding included
+            predicted += predict_error(stats, matrix, actual)
+            soft, hard = _measure(module, weight, changed, probes, loss)
+            measured, plain = measured + soft, plain + hard
+        level = measured / 2
+        if LOW * goal <= level <= HIGH * goal or attempt:
             break
-        step *= math.sqrt(goal / measured) if measured > 0 and math.isfinite(measured) else 10.0
-    if not math.isfinite(measured):
-        return limits[1]
+        step *= math.sqrt(goal / level) if level > 0 and math.isfinite(level) else 10.0
     if predicted <= 0:
-        return 1.0
-    return min(limits[1], max(limits[0], measured / predicted))
+        return Reading()
+    if not (math.isfinite(measured) and math.isfinite(plain)):
+        return Reading(limits[1])
+    scale = min(limits[1], max(limits[0], measured / predicted))
+    return Reading(scale, plain / measured if measured > 0 else 0.0)
 
 
 def _measure(
     module: nn.Module, weight: Tensor, changed: Tensor, probes: Sequence[Probe], loss: Loss
-) -> float:
-    """Return the summed divergence while `weight` holds `changed`."""
-    total = 0.0
+) -> tuple[float, float]:
+    """Return the mean divergence, softened and plain, while `weight` holds `changed`."""
+    soft = plain = 0.0
     with torch.no_grad():
         before = weight.detach().clone()
         try:
             weight.copy_(changed)
             for probe in probes:
                 output = main_output(call(module, probe.batch))
-                total += float(divergence(loss, probe.reference, output, probe.batch.mask).sum())
+                pair = (probe.reference, output, probe.batch.mask)
+                soft += float(divergence(loss, *pair).sum())
+                if loss.temperature != 1:
+                    plain += float(divergence(loss.soft(1.0), *pair).sum())
         finally:
             weight.copy_(before)
-    return total
+    samples = sum(p.batch.size for p in probes)
+    return soft / samples, (plain if loss.temperature != 1 else soft) / samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lamina.measure.forward import Batch, at_rest, batches, call
 from lamina.measure.loss import Loss, decide_loss, divergence
 from lamina.network.source import Network, main_output
 
-Model = Union[nn.Module, Network]
+Model = nn.Module | Network
 Measure = Callable[[nn.Module, Iterable[Any]], float]
 IDENTICAL_DB = 300.0  # reported where the outputs do not differ at all
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -151,7 +151,9 @@ def evaluate(
                 value = _number(wanted, wanted.measure(network, loader))
     if math.isnan(value) or (math.isinf(value) and wanted.name != "perplexity"):
         raise DataError(
-            "the metric is not a number", f"metric {wanted.name!r}", f"it returned {value}",
+            "the metric is not a number",
+            f"metric {wanted.name!r}",
+            f"it returned {value}",
             "check the metric, the labels and the network's weights",
         )
     return value
@@ -191,8 +193,10 @@ def fidelity(
             b = main_output(call(second, theirs)).to(a.device)
             if a.shape != b.shape:
                 raise DataError(
-                    "outputs differ in shape", f"{list(a.shape)} and {list(b.shape)}",
-                    "", "compare a network with its own compressed form",
+                    "outputs differ in shape",
+                    f"{list(a.shape)} and {list(b.shape)}",
+                    "",
+                    "compare a network with its own compressed form",
                 )
             if samples == 0:
                 decided = decide_loss(loss, raw, a, ours.labels)
@@ -240,7 +244,9 @@ def _supervised(name: str, module: nn.Module, loader: Iterable[Any]) -> float:
         for batch in batches(module, loader):
             if batch.labels is None:
                 raise DataError(
-                    "no labels", f"metric {name!r}", "the batches hold inputs only",
+                    "no labels",
+                    f"metric {name!r}",
+                    "the batches hold inputs only",
                     "give (x, y) batches, or a label-free metric such as 'agreement'",
                 )
             raw = call(module, batch)
@@ -275,9 +281,7 @@ def _aligned(name: str, raw: Any, output: Tensor, batch: Batch) -> tuple[Tensor,
         raise _misfit(name, output, labels)
     logits = output.movedim(loss.axis, -1)
     labels = labels.reshape(logits.shape[:-1])
-    tokens = next(
-        (v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)), None
-    )
+    tokens = next((v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)), None)
     if labels.dim() == 2 and tokens is not None and tokens.shape == labels.shape:
         kept = labels != IGNORED
         if not tokens.is_floating_point() and bool((tokens == labels)[kept].all()):
@@ -287,7 +291,8 @@ def _aligned(name: str, raw: Any, output: Tensor, batch: Batch) -> tuple[Tensor,
 
 def _misfit(name: str, output: Tensor, labels: Tensor) -> DataError:
     return DataError(
-        "labels do not fit the outputs", f"metric {name!r}",
+        "labels do not fit the outputs",
+        f"metric {name!r}",
         f"output {list(output.shape)}, labels {list(labels.shape)} {labels.dtype}",
         "give class labels of the outputs' shape, or a metric of your own",
     )
@@ -298,8 +303,10 @@ def _number(metric: Metric, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise DataError(
-            "the metric is not a number", f"metric {metric.name!r}",
-            f"it returned {type(value).__name__}", "return a float",
+            "the metric is not a number",
+            f"metric {metric.name!r}",
+            f"it returned {type(value).__name__}",
+            "return a float",
         ) from error
 
 

@@ -63,8 +63,8 @@ class LayerStats:
 class Stats:
     """Statistics of a network: per site name its `LayerStats`, and how they were made.
 
-    `samples == 0` means data-free: then no layer has statistics, errors are relative spectral errors,
-    and the planner minimises the maximum instead of the sum.
+    `samples == 0` means data-free: then no layer has statistics, errors are relative spectral
+    errors, and the planner minimises the maximum instead of the sum.
     """
 
     layers: Mapping[str, LayerStats] = field(default_factory=dict)
@@ -97,7 +97,9 @@ def predict_error(stats: LayerStats | None, matrix: torch.Tensor, delta: torch.T
     delta = delta.detach().to(torch.float64)
     if stats is None:
         whole = spectral_norm(matrix.detach().to(torch.float64))
-        return float((spectral_norm(delta) / whole.clamp_min(1e-300)).max()) if delta.numel() else 0.0
+        return (
+            float((spectral_norm(delta) / whole.clamp_min(1e-300)).max()) if delta.numel() else 0.0
+        )
     H, G = stats.H, stats.G
     right = delta * H[:, None, :] if H.dim() == 2 else delta @ H
     left = delta * G[:, :, None] if G.dim() == 2 else G @ delta
@@ -105,7 +107,7 @@ def predict_error(stats: LayerStats | None, matrix: torch.Tensor, delta: torch.T
 
 
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the largest singular value of each `[..., out, in]` matrix, from the short side's Gram."""
+    """Return the largest singular value of each `[..., out, in]`, from the short side's Gram."""
     if matrix.numel() == 0:
         return torch.zeros(matrix.shape[:-2], dtype=matrix.dtype)
     if matrix.shape[-2] > matrix.shape[-1]:

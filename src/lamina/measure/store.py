@@ -57,4 +57,6 @@ def parse_stats(data: bytes) -> Stats:
             notes=tuple(whole["notes"]),
         )
     except Exception as error:
-        raise RunError("saved statistics cannot be read", "stats", str(error), "delete them") from None
+        raise RunError(
+            "saved statistics cannot be read", "stats", str(error), "delete them"
+        ) from None

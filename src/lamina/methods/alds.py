@@ -79,7 +79,7 @@ class Alds:
     name: str = "alds"
     stage: Stage = Stage.FACTOR
     kinds: tuple[str, ...] = ("layer",)
-    needs: frozenset[str] = frozenset({"input_gram", "gradient_gram"})
+    needs: frozenset[str] = frozenset({"input_gram", "output_gram"})
     reference: str = "Liebenwein et al. 2021, arXiv:2107.11442"
     final: bool = False
 

@@ -26,7 +26,7 @@ arXiv:1701.07204.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,8 @@ Ints = NDArray[np.int64]
 SIZES = (2, 4, 8, 16, 32, 64, 256)
 BINS = 4096
 ROUNDS = 100  # of refinement; it stops by itself much earlier
+EXACT_SIZE = 1 << 16  # longer tensors are not coded once per codebook to learn their size
+ANCHORS = 3
 FLOOR = 1e-6  # of the mean weight: a point without weight still has a nearest centroid
 
 
@@ -281,19 +283,27 @@ class KMeans:
         matrix = as_matrix(site, weight)
         extra = sum(8.0 * t.numel() * t.element_size() for k, t in weights.items() if k != "weight")
         params = sum(t.numel() for t in weights.values())
-        offers = []
+        offers: list[tuple[float, float, Settings, Codebook]] = []
         for weighted in (False, True) if stats is not None else (False,):
             forms = shared(site, weight, stats, SIZES, weighted)
             for size, form in zip(SIZES, forms, strict=True):
                 error = predict_error(stats, matrix, as_matrix(site, form.dense() - weight))
-                cost = Cost(params, codebook_bits(form) + extra, site.macs)
-                step = Step(self.name, site.name, {"k": size, "weighted": weighted})
-                offers.append(Candidate(site.name, (step,), cost, error))
-        front: list[Candidate] = []
-        for offer in sorted(offers, key=lambda c: (c.cost.bits, c.error)):
-            if not front or offer.error < front[-1].error:
+                settings = {"k": size, "weighted": weighted}
+                offers.append((codebook_bits(form, codecs.estimate), error, settings, form))
+        front: list[tuple[float, float, Settings, Codebook]] = []
+        for offer in sorted(offers, key=lambda o: o[:2]):
+            if not front or offer[1] < front[-1][1]:
                 front.append(offer)
-        return tuple(front)
+        bits = np.maximum.accumulate(sizes_of([offer[3] for offer in front])).tolist()
+        return tuple(
+            Candidate(
+                site.name,
+                (Step(self.name, site.name, settings),),
+                Cost(params, size + extra, site.macs),
+                error,
+            )
+            for size, (_, error, settings, _) in zip(bits, front, strict=True)
+        )
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
@@ -353,16 +363,34 @@ def shared(
     values = weight.detach().to(torch.float64).cpu().numpy()
     forms = []
     for centroids in fit_centroids(values, sizes, importance):
-        used, index = np.unique(assign(values, centroids), return_inverse=True)
-        symbols = torch.from_numpy(index.reshape(values.shape).astype(np.int32))
-        forms.append(Codebook(symbols, torch.from_numpy(centroids[used]), weight.dtype))
+        index = assign(values, centroids)
+        # Smallest first: zero is symbol 0, whose pattern in rows and columns the coder can use.
+        used = np.unique(index)
+        used = used[np.argsort(np.abs(centroids[used]), kind="stable")]
+        symbol = np.zeros(len(centroids), dtype=np.int32)
+        symbol[used] = np.arange(len(used), dtype=np.int32)
+        table = torch.from_numpy(centroids[used])
+        forms.append(Codebook(torch.from_numpy(symbol[index]), table, weight.dtype))
     return forms
 
 
-def codebook_bits(form: Codebook) -> float:
+def codebook_bits(form: Codebook, count: Callable[[Ints], float] = codecs.length) -> float:
     """Return the size of a codebook in the file [bits]: coded indices, centroids, their number."""
     index = form.index.reshape(form.index.shape[0], -1)
-    return 8.0 * (codecs.length(index.numpy()) + 4 * len(form.centroids) + 1)
+    return 8.0 * (count(index.numpy()) + 4 * len(form.centroids) + 1)
+
+
+def sizes_of(forms: Sequence[Codebook]) -> list[float]:
+    """Return the sizes of the codebooks of one layer, cheapest first [bits].
+
+    Coding a long tensor takes a second. There the estimate serves, corrected by how far it is off
+    at every third codebook.
+    """
+    long = any(form.index.numel() > EXACT_SIZE for form in forms)
+    anchors = sorted({*range(0, len(forms), ANCHORS if long else 1), len(forms) - 1})
+    quick = [codebook_bits(form, codecs.estimate) for form in forms]
+    ratios = [codebook_bits(forms[k]) / quick[k] for k in anchors]
+    return [q * float(np.interp(k, anchors, ratios)) for k, q in enumerate(quick)]
 
 
 method = KMeans()

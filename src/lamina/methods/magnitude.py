@@ -75,9 +75,9 @@ def prune(weight: torch.Tensor, importance: torch.Tensor, keep: float) -> torch.
 
 
 def sparse_bits(tensor: torch.Tensor) -> float:
-    """Return the size of a tensor with zeros [bits]: its coded pattern plus its non-zeros."""
+    """Return the size of a tensor with zeros [bits]: coded pattern (estimated) and non-zeros."""
     mask = (tensor != 0).reshape(tensor.shape[0], -1)
-    pattern = codecs.length(mask.to(torch.int32).cpu().numpy())
+    pattern = codecs.estimate(mask.to(torch.int32).cpu().numpy())
     return 8.0 * (pattern + int(mask.sum()) * tensor.element_size())
 
 

@@ -75,15 +75,20 @@ def find_chains(
 
     Two layers are linked when the first one's only consumer leads, through operations on each
     value, pooling, normalisation, dropout or a flattening, each with one consumer, to the second. A
-    layer that runs twice, or whose weight is tied, is in no chain.
+    layer that runs twice, or whose weight is tied, is in no chain. Constants and buffers may take
+    part in what lies between: `add` can be a shift by one.
     """
     consumers: dict[str, list[Op]] = {}
+    read = {name for op in flow.ops for name in op.inputs}.union(flow.outputs)
     for op in flow.ops:
+        if op.target == "getitem" and op.name not in read:
+            continue  # the indices of a pooling, say: nobody wants them
         for name in op.inputs:
             consumers.setdefault(name, []).append(op)
     units = {}
+    readers, ran = flow.readers(tensors.first), _by_module(flow)
     for site in sites:
-        unit = _unit(site, flow, consumers, tensors)
+        unit = _unit(site, flow, consumers, readers, ran)
         if unit is not None:
             units[site.name] = unit
     entry = {
@@ -107,12 +112,16 @@ def find_chains(
 
 
 def _unit(
-    site: Site, flow: Flow, consumers: Mapping[str, list[Op]], tensors: Tensors
+    site: Site,
+    flow: Flow,
+    consumers: Mapping[str, list[Op]],
+    readers: Mapping[str, list[Op]],
+    ran: Mapping[str, list[Op]],
 ) -> _Unit | None:
     if site.op == "recurrent" or site.aliases or site.name != site.module:
         return None
-    uses = [op for op in flow.ops if site.weight in {tensors.first.get(p, p) for p in op.params}]
-    own = {op.name: op for op in flow.ops if _inside(op, site)}
+    uses = readers.get(site.weight, ())
+    own = {op.name: op for op in ran.get(site.module, ())}
     if len(uses) != 1 or uses[0].name not in own:
         return None
     sources = {name for op in own.values() for name in op.inputs if name not in own}
@@ -124,6 +133,17 @@ def _unit(
     if len(sources) != 1 or len(results) != 1:
         return None
     return _Unit(site, sources.pop(), results[0])
+
+
+def _by_module(flow: Flow) -> dict[str, list[Op]]:
+    """Return the ops that ran inside each module, at any depth, by module path."""
+    found: dict[str, list[Op]] = {}
+    for op in flow.ops:
+        path = op.module
+        while path:
+            found.setdefault(path, []).append(op)
+            path = path.rpartition(".")[0]
+    return found
 
 
 def _inside(op: Op, site: Site) -> bool:
@@ -165,7 +185,7 @@ def _label(op: Op, before: Op) -> str | None:
     old, new = before.shape, op.shape
     if op.target in IDENTITY:
         return ""
-    if op.target in ELEMENTWISE | NORM | POOL:
+    if op.target in POOL or (op.target in ELEMENTWISE | NORM and new == old):
         return op.target
     if op.target == "getitem" and before.target.startswith("adaptive_max_pool"):
         return ""

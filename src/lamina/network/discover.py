@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from lamina.network.observe import Uses, observe
 from lamina.network.sites import Refusal, Site, Sites
 from lamina.network.source import Network
 from lamina.network.tensors import Tensors, join, named_tensors, unfit
-from lamina.network.trace import Flow, trace
+from lamina.network.trace import Flow, Op, trace
 
 ORIGINALS = ("_g", "_v", "_orig")  # what weight_norm, spectral_norm and pruning leave behind
 
@@ -44,14 +44,15 @@ def discover(network: Network) -> Sites:
     drafts, refusals, explained = _drafts(network.module, tensors)
     uses = observe(network, drafts)
     flow = trace(network)
+    readers = flow.readers(tensors.first) if isinstance(flow, Flow) else {}
     layers = []
     for same in _by_tensor(drafts, tensors):
         site = _settle(network.module, same, tensors)
         if isinstance(uses, Uses):
             site, note = _place(site, same, uses)
             refusals += note
-        if isinstance(flow, Flow) and not site.rigid:
-            site = replace(site, rigid=_read_elsewhere(network.module, site, flow, tensors))
+        if not site.rigid:
+            site = replace(site, rigid=_read_elsewhere(site, readers, tensors))
         layers.append(site)
     chains: tuple[Site, ...] = ()
     if isinstance(flow, Flow):
@@ -181,17 +182,12 @@ def _place(site: Site, same: list[Site], uses: Uses) -> tuple[Site, list[Refusal
     return replace(site, positions=positions, rigid=rigid), note
 
 
-def _read_elsewhere(root: nn.Module, site: Site, flow: Flow, tensors: Tensors) -> str:
-    module = root.get_submodule(site.module)
-    mine = {tensors.first[name] for name in (site.weight, site.bias) if name}
-    for op in flow.ops:
-        if not mine.isdisjoint(tensors.first.get(name, name) for name in op.params):
-            inside = any(
-                op.module == path or op.module.startswith(f"{path}.")
-                for path, other in root.named_modules(remove_duplicate=False)
-                if other is module
-            )
-            if not inside:
+def _read_elsewhere(site: Site, readers: Mapping[str, list[Op]], tensors: Tensors) -> str:
+    """Return why a layer is rigid, if an op outside it reads its tensors in the data flow."""
+    paths = {name.rpartition(".")[0] for name in (site.weight, *site.aliases)}
+    for name in (site.weight, site.bias):
+        for op in readers.get(tensors.first[name], ()) if name else ():
+            if not any(op.module == path or op.module.startswith(f"{path}.") for path in paths):
                 return f"its weight or bias is read raw by {op.module or 'the network itself'}"
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,15 @@ def isolated(network: Network) -> Iterator[tuple[nn.Module, tuple[Any, ...], dic
     args = tuple(clone(value) for value in network.example_inputs)
     kwargs = {key: clone(value) for key, value in network.example_kwargs.items()}
     cuda = {p.device.index or 0 for p in network.module.parameters() if p.device.type == "cuda"}
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=sorted(cuda)):
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=sorted(cuda)),
+        # Compiled parts cannot be hooked or exported. Asking for it imports the compiler, which is
+        # slow, so it is asked for only where something has been compiled.
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else nullcontext(),
+    ):
         warnings.simplefilter("ignore")  # of the user's own code; it warns again when they run it
         module = _copy(network.module)
         with nullcontext() if module is not None else _restored(network.module):

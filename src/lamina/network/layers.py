@@ -111,6 +111,8 @@ def _rigid(path: str, module: nn.Module, parent: nn.Module | None) -> str:
         return "read raw by nn.MultiheadAttention"
     if isinstance(parent, nn.TransformerEncoderLayer) and leaf in ("linear1", "linear2"):
         return "read raw by the fast path of nn.TransformerEncoderLayer"
+    if leaf == "_orig_mod":
+        return "held by torch.compile"
     if getattr(module, "max_norm", None) is not None:
         return "its rows are renormalised whenever they are used (max_norm)"
     plain = (nn.Linear, *CONV, *CONV_TRANSPOSE, *EMBEDDING)

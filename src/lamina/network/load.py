@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -165,7 +166,12 @@ def _inputs(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
 
 
-def _from_file(spec: str) -> Network:
+def load_function(spec: str) -> Callable[..., Any]:
+    """Return a function of a user's file, named as `"file.py:function"`; the file is executed.
+
+    Raises:
+        NetworkError: the file or the function is missing, or the file raises.
+    """
     path, colon, function = spec.rpartition(":")
     if spec.endswith(".py"):
         path, function = spec, ""
@@ -174,20 +180,34 @@ def _from_file(spec: str) -> Network:
     file = Path(path)
     if not file.is_file():
         raise NetworkError("no such file", path, "", "the form is file.py:function")
-    folder = str(file.resolve().parent)
-    sys.path.insert(0, folder)  # the file may import its neighbours
-    try:
+    with _neighbours(file):
         module = _import(file)
-        build = getattr(module, function, None) if function else None
-        if not callable(build):
-            raise NetworkError(
-                f"no function {function!r}" if function else "no function is named", path,
-                f"it has {', '.join(_functions(module)) or 'none'}", "the form is file.py:function",
-            )  # fmt: skip
-        made = _call(build, spec)
+    found = getattr(module, function, None) if function else None
+    if not callable(found):
+        raise NetworkError(
+            f"no function {function!r}" if function else "no function is named", path,
+            f"it has {', '.join(_functions(module)) or 'none'}", "the form is file.py:function",
+        )  # fmt: skip
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _neighbours(file: Path) -> Iterator[None]:
+    """Let a user's file import what lies beside it."""
+    folder = str(file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+
+
+def _from_file(spec: str) -> Network:
+    build = load_function(spec)
+    file = Path(spec.rpartition(":")[0])
+    with _neighbours(file):
+        made = _call(build, spec)
     fields = {"source": f"python:{spec}", "name": file.stem}
     if isinstance(made, Network):
         return replace(made, source=fields["source"])

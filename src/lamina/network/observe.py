@@ -82,6 +82,8 @@ class _Watch(TorchFunctionMode):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Uses:
         handles = []
         for path, module in self.root.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks, and its weights are no sites
             handles.append(module.register_forward_pre_hook(self._enter(path)))
             # The user's own hooks run outside push and pop: what they read is a raw read.
             leave = module.register_forward_hook(

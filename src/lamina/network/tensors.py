@@ -19,17 +19,18 @@ class Tensors:
     Args:
         by_name: name -> tensor; tied tensors under each of their names.
         first: name -> the first name of the very same memory (itself, if it is not tied).
+        names: first name -> all names of that memory, in order.
         overlaps: name -> another tensor whose memory it shares only in part.
     """
 
     by_name: Mapping[str, torch.Tensor]
     first: Mapping[str, str]
+    names: Mapping[str, tuple[str, ...]]
     overlaps: Mapping[str, str]
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """The other names of the same tensor, in order."""
-        same = self.first[name]
-        return tuple(n for n, f in self.first.items() if f == same and n != name)
+        return tuple(n for n in self.names[self.first[name]] if n != name)
 
 
 def join(path: str, leaf: str) -> str:
@@ -57,7 +58,10 @@ def named_tensors(module: nn.Module) -> Tensors:
                 by_name[join(path, leaf)] = buffer
     seen: dict[object, str] = {}
     first = {name: seen.setdefault(_identity(tensor), name) for name, tensor in by_name.items()}
-    return Tensors(by_name, first, _overlaps(by_name, first))
+    names: dict[str, tuple[str, ...]] = {}
+    for name, same in first.items():
+        names[same] = (*names.get(same, ()), name)
+    return Tensors(by_name, first, names, _overlaps(by_name, first))
 
 
 def unfit(tensor: torch.Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,18 @@ class Flow:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
+    def readers(self, first: Mapping[str, str]) -> dict[str, list[Op]]:
+        """Return the ops that read each parameter or buffer, in order.
+
+        Args:
+            first: name -> the first name of the same tensor, to which ties are brought together.
+        """
+        found: dict[str, list[Op]] = {}
+        for op in self.ops:
+            for name in dict.fromkeys(first.get(name, name) for name in op.params):
+                found.setdefault(name, []).append(op)
+        return found
+
 
 def trace(network: Network) -> Flow | str:
     """Return the data flow of a network at its example inputs, or one line why it cannot be had.
@@ -68,13 +80,14 @@ def trace(network: Network) -> Flow | str:
 
 def _read(program: Any) -> Flow:
     signature = program.graph_signature
+    given = set(signature.user_inputs)  # a list that is made anew at each look
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     ops: list[Op] = []
     inputs: list[str] = []
     outputs: tuple[str, ...] = ()
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if node.name in signature.user_inputs:
+            if node.name in given:
                 inputs.append(node.name)
         elif node.op == "output":
             outputs = tuple(n.name for n in node.all_input_nodes if n.name not in lifted)

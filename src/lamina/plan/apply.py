@@ -24,8 +24,9 @@ Progress = Callable[[int, int, str], None]
 class Edited:
     """A network after a plan: the edited copy, and the edits that turn the original into it.
 
-    `floats` are the tensors as they were just before their values were put into a form (the factors
-    of a pair, the weight of a layer): where training may start from, richer than the rounded values.
+    `floats` are the tensors as they were just before their values were put into a form (the
+    factors of a pair, the weight of a layer): where training may start from, richer than the
+    rounded values.
     """
 
     network: Network

@@ -120,7 +120,7 @@ def _chains(
     after: Stage,
     first: bool = False,
 ) -> list[Candidate]:
-    """Return all chains for a layer that use methods of a stage later than `after` (or any: first)."""
+    """Return all chains for a layer of methods of a stage later than `after` (or any: first)."""
     found: list[Candidate] = []
     for method in methods:
         if site.kind not in method.kinds or method.refuse(site):
@@ -182,7 +182,7 @@ def join(curves: Sequence[Sequence[Candidate]], how: str = "sum") -> list[Candid
 
 
 def thin(candidates: Sequence[Candidate], count: int) -> tuple[Candidate, ...]:
-    """Keep at most `count` candidates, spread evenly over the logarithm of the bits, ends included."""
+    """Keep at most `count` candidates, spread evenly over the log of the bits, ends included."""
     import math
 
     if len(candidates) <= count:

@@ -12,6 +12,7 @@ from lamina.network.source import Network
 from lamina.plan.allocate import allocate, curve
 from lamina.plan.budget import Budget
 from lamina.plan.chains import Candidates, total
+from lamina.plan.costs import fixed_cost, original_cost
 from lamina.plan.plan import Decision, Plan
 
 FIELDS = {"bytes": "bits", "macs": "macs", "params": "params", "seconds": "seconds"}
@@ -24,8 +25,8 @@ def plan(
     candidates: Candidates,
     budget: Budget,
     *,
-    original: Cost,
-    fixed: Cost,
+    original: Cost | None = None,
+    fixed: Cost | None = None,
     objective: str = "auto",
 ) -> Plan:
     """Choose one candidate per site so that the predicted error is least within the budget.
@@ -41,6 +42,8 @@ def plan(
         InfeasibleError: nothing fits; `nearest` holds the nearest limits that can be met.
         BudgetError: a limit this stage cannot plan for.
     """
+    original = original or original_cost(network, sites)
+    fixed = fixed or fixed_cost(network, sites)
     if objective == "auto":
         objective = "sum" if stats.samples else "minimax"
     resources, limits = limits_of(budget, original, fixed)
@@ -106,7 +109,7 @@ def limits_of(budget: Budget, original: Cost, fixed: Cost) -> tuple[list[str], n
             "give macs= or params= instead",
         )
     limits = budget.resolve(whole)
-    resources = [r for r in ("bytes", "macs", "params") if r in limits]
+    resources: list[str] = [r for r in ("bytes", "macs", "params") if r in limits]
     if not resources:  # max_drop alone: the search above gives a size
         return ["bytes"], np.array([np.inf])
     spent = {"bytes": fixed.bits, "macs": fixed.macs, "params": fixed.params}

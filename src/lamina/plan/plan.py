@@ -24,7 +24,7 @@ class Decision:
     error: float
 
     def describe(self) -> str:
-        """Return the chain as text: `alds(folds=2, rank=17) -> rdoq(step=0.03) | rdoq(step=0.05)`."""
+        """Return the chain as text: `alds(folds=2, rank=17) -> rdoq(step=.03) | rdoq(step=.05)`."""
         places: dict[str, list[str]] = {}
         for step in self.steps:
             places.setdefault(step.at, []).append(str(step))
@@ -52,8 +52,8 @@ class Plan:
     sites: Mapping[str, Decision]
     budget: Mapping[str, Any] = field(default_factory=dict)
     objective: str = "sum"
-    original: Cost = Cost()
-    predicted: Cost = Cost()
+    original: Cost = field(default_factory=Cost)
+    predicted: Cost = field(default_factory=Cost)
     fixed_bits: float = 0.0
     error: float = 0.0
     curve: tuple[tuple[float, float], ...] = ()
@@ -169,25 +169,28 @@ class Plan:
 
 
 def _document() -> Any:
-    """Return the pydantic model of the document (built on first use: pydantic is slow to import)."""
+    """Return the pydantic model of the document (on first use: pydantic is slow to import)."""
     from typing import Literal
 
-    from pydantic import BaseModel, ConfigDict, create_model
+    from pydantic import ConfigDict, create_model
 
     strict = ConfigDict(extra="forbid", allow_inf_nan=True)
+
+    def model(title: str, /, **fields: Any) -> Any:
+        return create_model(title, __config__=strict, **fields)
+
     cost: dict[str, Any] = dict.fromkeys(("params", "bits", "macs", "seconds"), (float, 0.0))
-    cost_model = create_model("Cost", __config__=strict, **cost)
-    predicted = create_model("Predicted", __config__=strict, **cost, error=(float, 0.0))
-    step = create_model(
-        "Step", __config__=strict, method=(str, ...), at=(str, ...), settings=(dict[str, Any], {})
-    )
-    site = create_model(
-        "Site", __config__=strict, steps=(list[step], ...), cost=(cost_model, cost_model()),
+    cost_model = model("Cost", **cost)
+    predicted = model("Predicted", **cost, error=(float, 0.0))
+    step: Any = model("Step", method=(str, ...), at=(str, ...), settings=(dict[str, Any], {}))
+    site: Any = model(
+        "Site",
+        steps=(list[step], ...),
+        cost=(cost_model, cost_model()),
         error=(float, 0.0),
-    )  # fmt: skip
-    document: type[BaseModel] = create_model(
+    )
+    return model(
         "Plan",
-        __config__=strict,
         lamina_plan=(Literal[1], ...),
         name=(str, "network"),
         network=(str, ...),
@@ -199,4 +202,3 @@ def _document() -> Any:
         sites=(dict[str, site], ...),
         curve=(list[tuple[float, float]], []),
     )
-    return document

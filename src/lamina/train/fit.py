@@ -7,14 +7,29 @@ from dataclasses import replace
 
 import torch
 
-from lamina.artifact.records import encode
+from lamina import codecs
+from lamina.artifact.records import encode, matrix_view
 from lamina.forms import Grid, Values
 from lamina.train.hold import HeldGrid, HeldNetwork
+
+SMALL = 4096  # symbols; smaller tensors are simply coded
+HEAD = 8  # bytes of a record that are not symbols
 
 
 def held_bytes(values: Mapping[str, Values]) -> int:
     """Return what values take in the file, record heads included [bytes]."""
     return sum(len(encode(v)) for v in values.values())
+
+
+def estimated_bytes(values: Mapping[str, Values]) -> float:
+    """Return a quick estimate of `held_bytes`, without coding anything large."""
+    total = 0.0
+    for held in values.values():
+        if isinstance(held, Grid) and held.symbols.numel() > SMALL:
+            total += codecs.estimate(matrix_view(held.symbols)) + HEAD
+        else:
+            total += len(encode(held))
+    return total
 
 
 def fit(net: HeldNetwork, room: float | None) -> dict[str, Values]:

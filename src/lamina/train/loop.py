@@ -19,13 +19,14 @@ from lamina.network.source import Network
 from lamina.plan.apply import Edited, copy_module
 from lamina.train.checkpoint import read_checkpoint, write_checkpoint
 from lamina.train.distill import Hidden, distillation_loss
-from lamina.train.fit import fit, held_bytes
+from lamina.train.fit import estimated_bytes, fit, held_bytes
 from lamina.train.hold import HeldNetwork
 from lamina.train.pressure import Price, rate_penalty
 
 AUTO_WORK = 1.6e12  # multiply-accumulates that "auto" may spend: about 90 seconds of one core
 AUTO_EPOCHS = 60  # and no more passes over the data than this
-CHECKS = 40  # looks at the real size in one training
+CHECKS = 60  # looks at the size in one training
+EXACT = 6  # every so many looks code the tensors for real
 
 Progress = Callable[[int, int, str], None]
 
@@ -137,20 +138,25 @@ class _Training:
             self.optimizer, [g["lr"] for g in groups], total_steps=max(self.steps, 2)
         )
         self.hidden = Hidden(self.teacher, self.student) if recovery.hidden else None
-        self.limit, self.price, self.other = limit, None, 0.0
+        self.limit, self.price, self.other, self.correction = limit, None, 0.0, 1.0
         if squeeze:
             self.other = self._overhead()
             start = self._size()
             if start and limit is not None:
-                target = max(0.985 * limit - self.other, 1.0)
+                target = max(0.99 * limit - self.other, 1.0)
                 self.price = Price(recovery.price, max(start, 1.0), target)
         self.history: list[dict[str, float]] = []
         self.device = self.accelerator.device
         self.teacher.to(self.device)
         self.net = self.net.to(self.device)
 
-    def _size(self) -> float:
-        return held_bytes(self.net.release())
+    def _size(self, exact: bool = True) -> float:
+        """Return the bytes of the held tensors; the estimate is corrected by the last exact size."""
+        values = self.net.release()
+        rough = estimated_bytes(values)
+        if exact:
+            self.correction = held_bytes(values) / max(rough, 1.0)
+        return rough * self.correction
 
     def _overhead(self) -> float:
         """Return the bytes of the file that are not records of held tensors."""
@@ -226,7 +232,7 @@ class _Training:
     def _check(self, share: float, loss: float, step: int) -> None:
         row = {"step": float(step), "loss": loss}
         if self.price is not None:
-            size = self._size()
+            size = self._size(exact=len(self.history) % EXACT == EXACT - 1)
             row |= {"bytes": size + self.other, "price": self.price.value}
             self.price = self.price.steer(size, share)
         self.history.append(row)
@@ -243,6 +249,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "price": self.price.value if self.price else 0.0,
+            "correction": self.correction,
             "history": [dict(row) for row in self.history],
             "steps": self.steps,
         }
@@ -258,6 +265,7 @@ class _Training:
         self.schedule.load_state_dict(state["schedule"])
         if self.price is not None:
             self.price = replace(self.price, value=state["price"])
+        self.correction = state["correction"]
         self.history = list(state["history"])
         return int(state["step"])
 

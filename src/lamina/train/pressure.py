@@ -43,29 +43,38 @@ def rate_penalty(levels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return total
 
 
+APPROACH = 1.15  # the size wanted half-way, over the limit: annealing shrinks the file by itself
+HALF, REACHED = 0.5, 0.85  # shares of the training at which APPROACH and the limit are due
+
+
 @dataclass(frozen=True)
 class Price:
-    """The price of a bit, steered so that the size meets its limit before training ends.
+    """The price of a bit, steered so that the size comes down to its limit before training ends.
+
+    The path is geometric from the start to a little over the limit, then straight down to it. A price
+    that overshoots kills weights which do not come back, so it is taken back faster than it is raised.
 
     Args:
         value: the price now [loss per bit].
         start: size at the beginning [bytes].
         limit: size to end at [bytes].
-        reach: share of the training after which the limit is to be met.
     """
 
     value: float
     start: float
     limit: float
-    reach: float = 0.5
 
     def wanted(self, progress: float) -> float:
-        """Return the size wanted at `progress` in [0, 1]: geometric from `start` to `limit`."""
-        share = min(1.0, progress / self.reach)
-        return math.exp((1 - share) * math.log(self.start) + share * math.log(self.limit))
+        """Return the size wanted at `progress` in [0, 1] [bytes]."""
+        above = max(min(APPROACH * self.limit, self.start), self.limit)
+        if progress <= HALF:
+            share = progress / HALF
+            return math.exp((1 - share) * math.log(self.start) + share * math.log(above))
+        share = min(1.0, (progress - HALF) / (REACHED - HALF))
+        return (1 - share) * above + share * self.limit
 
     def steer(self, size: float, progress: float) -> Price:
         """Return the price after seeing `size` [bytes] at `progress`."""
-        ratio = max(0.2, min(5.0, size / self.wanted(progress)))
-        gain = 1.0 if progress < self.reach else 2.0
-        return Price(self.value * ratio**gain, self.start, self.limit, self.reach)
+        ratio = max(0.2, min(3.0, size / self.wanted(progress)))
+        gain = 1.0 if ratio > 1 else 2.0
+        return Price(self.value * ratio**gain, self.start, self.limit)

@@ -1,0 +1,392 @@
+"""The command line: each verb parses, calls public functions, and prints; no logic lives here.
+
+Exit codes: 0 done; 2 the input was wrong; 3 no plan fits the budget; 130 interrupted; 1 a fault of
+Lamina's own. Imports are inside the verbs, so that `--help` and usage errors are quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamina import cli_show as show
+from lamina.cli_options import (
+    Against,
+    DataName,
+    Document,
+    File,
+    Latency,
+    Macs,
+    MaxDrop,
+    Methods,
+    MetricName,
+    Model,
+    Out,
+    Params,
+    Recover,
+    RunPath,
+    Samples,
+    Seed,
+    Size,
+    Skeleton,
+    read_budget,
+    read_epochs,
+    read_metric,
+    read_names,
+)  # fmt: skip
+from lamina.errors import DataError, FileError, RunError
+
+if TYPE_CHECKING:
+    from lamina.run import RunFolder
+
+TOP = """Compress a trained PyTorch network to a budget.
+
+MODEL is a zoo name (lenet-5), file.py:function (a function of yours that returns the network, or
+(network, example_inputs)), or a .lamina file. DATA is mnist-10k, file.npz (arrays x and y),
+images:FOLDER, or file.py:function (returns batches, or a dict of train / validation / test).
+
+\b
+Examples:
+  lamina compress lenet-5 --data mnist-10k --size 2%     the whole way, into runs/lenet-5-2pct
+  lamina inspect  net.py:build                           what can be compressed, what was refused
+  lamina compress net.py:build --data x.npz --size 12x --recover none -o runs/mine
+  lamina evaluate runs/mine/net.lamina --data x.npz --skeleton net.py:build
+  lamina methods                                         what Lamina can do to a network
+
+\b
+A run that was stopped, in any way, goes on when the same command is given again.
+Exit codes: 0 done, 2 wrong input, 3 no plan fits the budget, 130 interrupted, 1 a fault of Lamina.
+"""
+
+app = typer.Typer(
+    help=TOP, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  lamina {line}" for line in lines)
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+) -> None:
+    pass  # `main` reads both, wherever they stand
+
+
+@app.command(
+    epilog=_examples("inspect lenet-5 --data mnist-10k", "inspect runs/lenet-5-2pct/net.lamina")
+)
+def inspect(
+    model: Model, data: DataName = None, samples: Samples = 250, skeleton: Skeleton = None
+) -> None:
+    """Show what can be compressed, and what was refused.
+
+    With --data also how small each layer gets by itself at a harmless predicted error. Of a
+    .lamina file: where its bytes are (without --data, its network is not even built).
+    """
+    if model.endswith(".lamina") and data is None and skeleton is None:
+        from lamina import artifact
+
+        return show.show_package(model, artifact.read(model))
+    from lamina.compress import Way, measured, offered
+    from lamina.network.discover import discover
+    from lamina.network.load import check_network
+
+    network, loaders = _open(model, data, skeleton)
+    check_network(network)
+    sites = discover(network)
+    if loaders is None:
+        return show.show_sites(network, sites)
+    with show.progress_bar() as watch:
+        way = Way(network, loaders, read_budget("100%"), samples=samples, watch=watch)
+        stats = measured(way, sites)
+        candidates = offered(way, sites, stats)
+    show.show_sites(network, sites, stats, candidates)
+
+
+@app.command(
+    epilog=_examples(
+        "compress lenet-5 --data mnist-10k --size 1%",
+        "compress net.py:build --data net.py:loaders --size 20x --max-drop 0.5 -o runs/mine",
+        "compress lenet-5 --size 4x                    (data-free, never trains)",
+    )
+)
+def compress(
+    model: Model, data: DataName = None, size: Size = None, macs: Macs = None,
+    params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
+    recover: Recover = "auto", methods: Methods = None, metric: MetricName = None,
+    samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, out: RunPath = None,
+) -> None:  # fmt: skip
+    """Go the whole way, from a network to a small file.
+
+    Measure, plan, apply, recover, pack, report.
+
+    The run folder gets net.lamina (the network), plan.json (the decisions, to read and to edit) and
+    report.html / .md / .json. Without -o it is runs/MODEL-SIZE. The same command continues a run
+    that was stopped; another budget in the same folder uses what was measured again.
+    """
+    budget = read_budget(size, macs, params, latency, max_drop)
+    folder = out or Path("runs") / show.slug(model, budget.to_json())
+    with _run(folder) as run:
+        _carry_out(
+            run, model, data, skeleton, budget, recover=read_epochs(recover),
+            methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
+        )  # fmt: skip
+
+
+@app.command(epilog=_examples("plan lenet-5 --data mnist-10k --size 2% -o plan.json"))
+def plan(
+    model: Model, data: DataName = None, size: Size = None, macs: Macs = None,
+    params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
+    methods: Methods = None, metric: MetricName = None, samples: Samples = 1000, seed: Seed = 0,
+    skeleton: Skeleton = None, out: Out = Path("plan.json"),
+) -> None:  # fmt: skip
+    """Decide what each layer will undergo, as plan.json."""
+    from lamina.compress import Way, measured, offered, planned
+    from lamina.network.discover import discover
+    from lamina.network.load import check_network
+    from lamina.plan.chains import choose_methods
+
+    budget = read_budget(size, macs, params, latency, max_drop)
+    names = read_names(methods)
+    choose_methods(names)
+    network, loaders = _open(model, data, skeleton)
+    check_network(network)
+    with show.progress_bar() as watch:
+        way = Way(
+            network, loaders, budget, methods=tuple(names) if names else None,
+            metric=read_metric(metric) or "auto", samples=samples, seed=seed, watch=watch,
+        )  # fmt: skip
+        sites = discover(network)
+        stats = measured(way, sites)
+        made = planned(way, sites, stats, offered(way, sites, stats))
+    made.save(out)
+    show.say(f"{made.show()}\nplan: {out}")
+
+
+@app.command(epilog=_examples("apply lenet-5 plan.json --data mnist-10k -o net.lamina"))
+def apply(
+    model: Model, document: Document, data: DataName = None, samples: Samples = 1000,
+    seed: Seed = 0, skeleton: Skeleton = None, out: Out = Path("net.lamina"),
+) -> None:  # fmt: skip
+    """Carry out a plan, untrained, as a .lamina file.
+
+    Give the --data, --samples and --seed that the plan was made with: methods that look at data
+    look at it again.
+    """
+    from lamina.compress import compress as go
+    from lamina.plan import Plan
+
+    decided = Plan.load(document)
+    network, loaders = _open(model, data, skeleton)
+    with show.progress_bar() as watch:
+        result = go(
+            network, loaders, plan=decided, recover=None, samples=samples, seed=seed, watch=watch
+        )
+    result.save(out)
+    show.say(f"{result.report.table()}\nnetwork: {out}")
+
+
+@app.command(epilog=_examples("recover lenet-5 plan.json --data mnist-10k --epochs 5 -o runs/x"))
+def recover(
+    model: Model, document: Document, data: DataName = None,
+    epochs: Annotated[str, typer.Option(help="Passes over the training data, or auto.")] = "auto",
+    metric: MetricName = None, samples: Samples = 1000, seed: Seed = 0,
+    skeleton: Skeleton = None, out: RunPath = None,
+) -> None:  # fmt: skip
+    """Carry out a plan and train what it leaves, into a run folder."""
+    from lamina.plan import Plan
+
+    decided = Plan.load(document)
+    folder = out or Path("runs") / show.slug(model, {"plan": document.stem})
+    with _run(folder) as run:
+        _carry_out(
+            run, model, data, skeleton, None, plan=decided, recover=read_epochs(epochs),
+            metric=read_metric(metric), samples=samples, seed=seed,
+        )  # fmt: skip
+
+
+@app.command(
+    epilog=_examples(
+        "evaluate net.lamina --data mnist-10k --split test",
+        "evaluate net.py:build --data x.npz --metric loss",
+    )
+)
+def evaluate(
+    model: Model, data: DataName = None, metric: MetricName = "accuracy",
+    split: Annotated[str, typer.Option(help="validation, test, train or calibration.")] = "test",
+    against: Against = None, skeleton: Skeleton = None,
+) -> None:  # fmt: skip
+    """Measure a network or a .lamina file on data."""
+    from lamina.measure.quality import LABEL_FREE, metric_named
+    from lamina.measure.quality import evaluate as judge
+
+    wanted = metric_named(read_metric(metric) or "accuracy")
+    if split not in ("validation", "test", "train", "calibration"):
+        raise DataError("unknown split", repr(split), "", "give validation, test or train")
+    network, loaders = _open(model, data, skeleton, own_data=True)
+    loader = getattr(loaders, split, None)
+    if loader is None:
+        raise DataError(f"no {split} data", data or "--data", "", "give another --split or --data")
+    original = show.origin_of(model) if against is None else against
+    teacher = _open(original, data, None)[0] if wanted.name in LABEL_FREE else None
+    value = judge(network, loader, wanted, original=teacher)
+    show.say(f"{wanted.name} {value:.4f} {wanted.unit}".rstrip() + f" ({split})")
+
+
+@app.command(epilog=_examples("report runs/lenet-5-2pct", "report runs/x --html x.html"))
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its report.json.")],
+    html: Annotated[Path | None, typer.Option(help="Also write the page here.")] = None,
+) -> None:
+    """Print a run's report again."""
+    from lamina.report import load_report
+
+    found = load_report(run)
+    show.say(found.table())
+    if html is not None:
+        found.html(html)
+        show.say(f"report: {html}")
+
+
+@app.command(epilog=_examples("export net.lamina --to safetensors -o net.safetensors"))
+def export(
+    file: File, out: Out, to: Annotated[str, typer.Option(help="safetensors.")] = "safetensors"
+) -> None:
+    """Write a .lamina file in another format."""
+    if to != "safetensors":
+        raise FileError(
+            "cannot export", f"--to {to}", "this format comes with a later version",
+            "use --to safetensors, or lamina.load() and torch.onnx.export",
+        )  # fmt: skip
+    _write_dense(file, out)
+
+
+@app.command(epilog=_examples("decompress net.lamina -o net.safetensors"))
+def decompress(file: File, out: Out) -> None:
+    """Write the dense tensors of a .lamina file.
+
+    As safetensors, under the names of the compressed network; needs no skeleton.
+    """
+    _write_dense(file, out)
+
+
+@app.command(epilog=_examples("bench net.lamina", "bench net.lamina --against lenet-5"))
+def bench(
+    model: Model, against: Against = None, data: DataName = None, skeleton: Skeleton = None
+) -> None:  # fmt: skip
+    """Time a network against its original.
+
+    In turns, one sample at a time, on one thread.
+    """
+    from lamina.report.compare import measure_latency
+
+    network, _ = _open(model, data, skeleton)
+    original, _ = _open(against or skeleton or show.origin_of(model), data, None)
+    found, why = measure_latency(original, network.module)
+    if found is None:
+        raise DataError("nothing to time the networks on", model, why, "give --data")
+    show.show_latency(found)
+
+
+@app.command(epilog=_examples("methods", "methods alds"))
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this method's whole card.")
+    ] = None,
+) -> None:
+    """List the methods, or print one method's card."""
+    from lamina.methods.base import get_method
+
+    if name is None:
+        return show.show_methods()
+    show.say(show.card_of(get_method(name)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; every error ends as one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"] or ["--help"]
+    if "--version" in words[:1]:
+        from lamina._version import __version__
+
+        show.say(f"lamina {__version__}")
+        return 0
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("lamina", words) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not hasattr(error, "format_message"):
+            raise
+        return show.explain(error)
+    return 0
+
+
+@contextmanager
+def _run(folder: Path) -> Iterator[RunFolder]:
+    """Open a run folder; errors that leave it say which one it was."""
+    from lamina.run import open_run
+
+    try:
+        with open_run(folder) as run:
+            yield run
+    except (Exception, KeyboardInterrupt) as error:
+        error.run_folder = folder  # type: ignore[union-attr]
+        raise
+
+
+def _carry_out(
+    run: RunFolder, model: str, data: str | None, skeleton: str | None, budget: Any, **settings: Any
+) -> None:
+    """Run `compress` into a run folder, and print its report."""
+    from lamina.compress import compress as go
+
+    network, loaders = _open(model, data, skeleton)
+    with show.progress_bar() as watch:
+        result = go(network, loaders, budget, run=run, watch=watch, **settings)
+    show.say(result.report.table())
+    show.say(f"\nnetwork  {run.path / 'net.lamina'}\nplan     {run.path / 'plan.json'}"
+             f"\nreport   {run.path / 'report.html'}")  # fmt: skip
+
+
+def _open(
+    model: str, data: str | None, skeleton: str | None, own_data: bool = False
+) -> tuple[Any, Any]:
+    """Return the network and its data: what was named, or with `own_data` what it brings along."""
+    from lamina.compress import open_model
+    from lamina.data import as_data, load
+
+    loaders = load(data) if data is not None else None
+    network = open_model(model, None, loaders, skeleton)
+    return network, as_data(network.data) if own_data and loaders is None else loaders
+
+
+def _write_dense(file: Path, out: Path) -> None:
+    from safetensors.torch import save
+
+    from lamina import artifact
+    from lamina.run import write_atomic
+
+    if out.is_dir():
+        raise RunError("cannot write", str(out), "it is a folder", "give -o a file name")
+    state = {name: t.contiguous() for name, t in artifact.read(file).state().items()}
+    write_atomic(out, save(state))
+    show.say(f"{len(state)} tensors: {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The options that several verbs share, and how their text is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lamina.plan import Budget
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Zoo name, file.py:function or .lamina file.")
+]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .lamina file.")]
+Document = Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, as `plan` wrote it.")]
+DataName = Annotated[
+    str | None,
+    typer.Option("--data", help="mnist-10k, file.npz, images:FOLDER, file.py:function."),
+]
+Size = Annotated[str | None, typer.Option(help="File size: 2%, 1/400, 12x (smaller), 4MB.")]
+Macs = Annotated[str | None, typer.Option(help="Multiply-accumulates: 50%, 2x (fewer), 300M.")]
+Params = Annotated[str | None, typer.Option(help="Parameters: 50%, 2x (fewer), 1.5M.")]
+Latency = Annotated[str | None, typer.Option(help="Time of a forward pass: 50%, 0.5x, 3ms.")]
+MaxDrop = Annotated[
+    str | None, typer.Option(help="Points of the metric that may be lost, on validation data.")
+]
+Recover = Annotated[str, typer.Option(help="Train afterwards: auto, none, or a number of epochs.")]
+Methods = Annotated[
+    str | None, typer.Option(help="Choose among these only, e.g. alds,rdoq; default: all.")
+]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", help="accuracy, loss, perplexity, agreement, ... or file.py:function."
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples to look at.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Skeleton = Annotated[
+    str | None,
+    typer.Option(help="For a .lamina file of your own network: file.py:function that builds it."),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(help="The original to compare with: a MODEL; default: the file's own."),
+]
+RunPath = Annotated[Path | None, typer.Option("-o", "--out", help="Run folder.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The file to write.")]
+
+
+def read_budget(*limits: str | None) -> Budget:
+    """Return the budget of the five options; an empty one is refused by Budget itself."""
+    from lamina.plan import Budget
+
+    return Budget(*limits)
+
+
+def read_epochs(text: str) -> Any:
+    """Read --recover: a number of epochs is a number, anything else is judged by `compress`."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read_names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_metric(text: str | None) -> Any:
+    """Read --metric: a name stays a name, file.py:function is the user's own."""
+    if text is None or ".py" not in text:
+        return text
+    from lamina.network.load import load_function
+
+    return load_function(text)

@@ -1,0 +1,36 @@
+"""What a network costs as it is, and what of its file no choice can change."""
+
+from __future__ import annotations
+
+from lamina.artifact import pack
+from lamina.forms import find_tensor
+from lamina.measure.stats import Cost
+from lamina.network.sites import Sites
+from lamina.network.source import Network
+
+PLAN = {"*": "x" * 24}  # stands for the plan's summary in the file
+
+
+def original_cost(network: Network, sites: Sites) -> Cost:
+    """Return what the whole network costs: its plain state, its parameters, its sites' MACs.
+
+    Example:
+        >>> from torch import nn
+        >>> original_cost(Network(nn.Linear(3, 2)), Sites(())).bits
+        256.0
+    """
+    seen: dict[tuple[int, tuple[int, ...]], int] = {}
+    for tensor in network.module.state_dict().values():
+        seen[tensor.data_ptr(), tuple(tensor.shape)] = tensor.numel() * tensor.element_size()
+    params = float(sum(p.numel() for p in network.module.parameters()))
+    return Cost(params, 8.0 * sum(seen.values()), sum(site.macs for site in sites.layers))
+
+
+def fixed_cost(network: Network, sites: Sites) -> Cost:
+    """Return what lies outside the sites' values: other tensors, manifest, record heads, checksum."""
+    chosen = {p for site in sites.layers for p in (site.weight, site.bias) if p}
+    tensors = [find_tensor(network.module, name) for name in chosen]
+    whole = len(pack(network.module, (), network.source, PLAN))
+    inside = sum(t.numel() * t.element_size() for t in tensors)
+    params = sum(p.numel() for p in network.module.parameters()) - sum(t.numel() for t in tensors)
+    return Cost(params=float(params), bits=8.0 * max(whole - inside, 0))

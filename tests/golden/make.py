@@ -1,0 +1,111 @@
+"""The golden file: known tensors of every form and codec, in version 1 of the format.
+
+Run `python -m tests.golden.make` only to add a file for a new version; the old ones stay.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lamina import codecs
+from lamina.artifact import records
+from lamina.artifact.container import seal
+from lamina.forms import Plain, Sparse
+
+GOLDEN = Path(__file__).parent
+
+
+def symbols(rows: int, columns: int, spread: int) -> np.ndarray:
+    """Integers from a small recurrence, not from a random generator that may change."""
+    state, found = 12345, []
+    for _ in range(rows * columns):
+        state = (1103515245 * state + 12345) % (1 << 31)
+        found.append((state >> 16) % 64)
+    return (np.array(found, dtype=np.int32) ** 3 * spread >> 18).reshape(
+        rows, columns
+    ) - spread // 4
+
+
+def known() -> dict[str, tuple[str, torch.Tensor]]:
+    """Return by name the form and the dense values of every tensor of the file."""
+    ramp = torch.arange(24, dtype=torch.float32).reshape(4, 6) / 8
+    rare = torch.where(ramp % 0.5 == 0, ramp, torch.zeros(()))
+    table = torch.tensor([-1.5, 0.0, 0.25, 3.0])
+    index = torch.from_numpy(symbols(6, 7, 8) % 4)
+    quarter = torch.tensor([2.0**-1.25, 2.0**-0.5, 1.0, 2.0**0.75, 2.0], dtype=torch.float64)
+    grid = torch.from_numpy(symbols(5, 4, 8)).float()
+    return {
+        "plain": ("Plain", ramp),
+        "half": ("Plain", ramp.to(torch.bfloat16)),
+        "count": ("Plain", torch.tensor(7)),
+        "truth": ("Plain", torch.tensor([True, False, True])),
+        "none": ("Plain", torch.zeros(0, 3)),
+        "sparse": ("Sparse", rare),
+        "codebook": ("Codebook", table[index.long()]),
+        "rans": ("Grid", torch.from_numpy(symbols(40, 50, 200)) * torch.tensor(0.03)),
+        "adaptive": ("Grid", torch.from_numpy(symbols(8, 9, 8)) * torch.tensor(0.5)),
+        "raw": ("Grid", torch.from_numpy(symbols(2, 3, 8)) * torch.tensor(0.5)),
+        "scaled": ("Grid", grid * (quarter.float() * torch.tensor(0.1))[:, None]),
+    }
+
+
+def coded(codec: str, array: np.ndarray) -> bytes:
+    """Code by a codec of our choice, whichever is shortest."""
+    return codecs.get(codec).encode(array)
+
+
+def head(form: int, codec: str, more: int = 0) -> bytes:
+    return bytes([form | records.CODEC_IDS.index(codec) << 3 | more])
+
+
+def golden() -> bytes:
+    """Return the file's bytes, put together by hand wherever the writer could choose."""
+    float32 = np.dtype("<f4")
+    rows = np.array([[-5, -2, 0, 3, 4]], dtype=np.int32)
+    parts = {
+        "codebook": head(2, "rans")
+        + records.varint(3)
+        + np.array([-1.5, 0, 0.25, 3], float32).tobytes()
+        + coded("rans", symbols(6, 7, 8) % 4),
+        "rans": head(3, "rans")
+        + float32.type(0.03).tobytes()
+        + coded("rans", symbols(40, 50, 200)),
+        "adaptive": head(3, "adaptive")
+        + float32.type(0.5).tobytes()
+        + coded("adaptive", symbols(8, 9, 8)),
+        "raw": head(3, "raw") + float32.type(0.5).tobytes() + coded("raw", symbols(2, 3, 8)),
+        "scaled": head(3, "adaptive", 0x40)
+        + float32.type(0.1).tobytes()
+        + bytes([records.CODEC_IDS.index("rans")])
+        + records.varint(len(coded("rans", rows)))
+        + coded("rans", rows)
+        + coded("adaptive", symbols(5, 4, 8)),
+    }
+    body, table = b"", []
+    for name, (kind, tensor) in known().items():
+        if name in parts:
+            body += records.varint(len(parts[name])) + parts[name]
+        else:
+            body += records.encode(Plain(tensor) if kind == "Plain" else Sparse(tensor))
+        dtype = records.DTYPE_NAMES[tensor.dtype]
+        table.append(f"{name}:{','.join(map(str, tensor.shape))}" + f":{dtype}" * (dtype != "f32"))
+    manifest = {
+        "lamina": 1,
+        "by": "0.1.0",
+        "skeleton": "module",
+        "edits": [["fc", "low_rank", {"folds": 1, "rank": 2}]],
+        "plan": {"fc": "alds keep"},
+        "tensors": " ".join(table),
+    }
+    return seal(json.loads(json.dumps(manifest)), body)
+
+
+if __name__ == "__main__":
+    target = GOLDEN / "version-1.lamina"
+    if target.exists():
+        raise SystemExit(f"{target.name} is there: golden files never change")
+    target.write_bytes(golden())
