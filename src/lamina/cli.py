@@ -236,9 +236,10 @@ def evaluate(
     loader = getattr(loaders, split, None)
     if loader is None:
         raise DataError(f"no {split} data", data or "--data", "", "give another --split or --data")
-    original = show.origin_of(model) if against is None else against
-    teacher = _open(original, data, None)[0] if wanted.name in LABEL_FREE else None
-    value = judge(network, loader, wanted, original=teacher)
+    original = None
+    if wanted.name in LABEL_FREE:
+        original, _ = _open(against or skeleton or show.origin_of(model), data, None)
+    value = judge(network, loader, wanted, original=original)
     show.say(f"{wanted.name} {value:.4f} {wanted.unit}".rstrip() + f" ({split})")
 
 

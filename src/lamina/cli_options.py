@@ -50,11 +50,14 @@ RunPath = Annotated[Path | None, typer.Option("-o", "--out", help="Run folder.")
 Out = Annotated[Path, typer.Option("-o", "--out", help="The file to write.")]
 
 
-def read_budget(*limits: str | None) -> Budget:
+def read_budget(
+    size: str | None = None, macs: str | None = None, params: str | None = None,
+    latency: str | None = None, max_drop: str | None = None,
+) -> Budget:  # fmt: skip
     """Return the budget of the five options; an empty one is refused by Budget itself."""
     from lamina.plan import Budget
 
-    return Budget(*limits)
+    return Budget(size=size, macs=macs, params=params, latency=latency, max_drop=max_drop)
 
 
 def read_epochs(text: str) -> Any:

@@ -241,7 +241,7 @@ def explain(error: BaseException) -> int:
         return 2
     if hasattr(error, "format_message"):  # the parser's own usage errors
         path = getattr(getattr(error, "ctx", None), "command_path", "lamina")
-        warn(f"{error.format_message()} See '{path} --help'.")
+        warn(f"{error.format_message().rstrip('.')}. See '{path} --help'.")
         return 2
     if isinstance(error, KeyboardInterrupt):
         warn(

@@ -28,6 +28,7 @@ from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
 from lamina.plan.apply import check_fits
 from lamina.plan.chains import dump_candidates, parse_candidates
+from lamina.plan.decide import check_limits
 from lamina.report import Report, collect
 from lamina.run import RunFolder, key_of, write_atomic
 from lamina.train import Recovered, Recovery, recalibrate, recover
@@ -181,9 +182,9 @@ def compress(
         if recovered is None and plan is None and limit is not None:
             chosen, edited, file = refit(way, sites, stats, candidates, chosen, edited, file, limit)
             final = edited
+            if way.folder:  # the plan that made the file
+                chosen.save(way.folder.path / "plan.json")
         package = artifact.unpack(file)
-        if way.folder:
-            way.folder.write(way.folder.path / "net.lamina", file)
     with way.timed("report"):
         facts = collect(
             way.network, way.data, sites, chosen, edited, final, package, len(file),
@@ -200,6 +201,8 @@ def compress(
             "no plan fits the budget", way.budget.describe(), f"the file takes {len(file)} bytes",
             f"the nearest feasible budget is size={len(file)}", nearest,
         )  # fmt: skip
+    if way.folder:  # last, and only where it keeps to the budget
+        way.folder.write(way.folder.path / "net.lamina", file)
     return Result(final.model, chosen, made, file)
 
 
@@ -212,7 +215,9 @@ def _begin(
 
     if budget is None and plan is None:
         raise BudgetError("no budget", "", "something must be met", "give budget='2%', say")
-    limits = Budget.parse(budget if budget is not None else (plan.budget if plan else budget))
+    given: Any = budget if budget is not None or plan is None else plan.budget or "100%"
+    limits = Budget.parse(given)
+    check_limits(limits)
     choose_methods(methods)
     if metric is not None:
         metric_named(metric)
@@ -220,6 +225,8 @@ def _begin(
     if isinstance(data, str):
         data = load_data(data)
     loaders = as_data(data)
+    if limits.max_drop is not None and (loaders is None or loaders.validation is None):
+        raise DataError("max_drop needs validation data", "data.validation", "", "give some")
     network = open_model(model, example_inputs, loaders)
     return Way(
         network=network,

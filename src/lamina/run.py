@@ -65,8 +65,8 @@ def key_of(*parts: Any) -> str:
 class RunFolder:
     """A folder that holds what a run has made so far.
 
-    Stage outputs lie in `stages/` under names that carry the hash of everything they were made from,
-    so that a stage is done again exactly when something it depends on has changed.
+    Stage outputs lie in `stages/` under names that carry the hash of everything they were made
+    from, so that a stage is done again exactly when something it depends on has changed.
     """
 
     path: Path
@@ -98,36 +98,41 @@ def open_run(path: str | Path) -> Iterator[RunFolder]:
         BusyError: another process holds the lock.
     """
     folder = Path(path)
-    is_new = not folder.exists()
-    if not is_new and not folder.is_dir():
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    if not new and not folder.is_dir():
         raise RunError("the run folder is a file", str(folder), "", "choose another with -o")
-    others = [] if is_new else [e for e in folder.iterdir() if not e.name.endswith(PART)]
+    others = [] if new else [e for e in folder.iterdir() if not e.name.endswith(PART)]
     if others and not (folder / MARK).exists():
         raise RunError(
             "the folder holds other things", str(folder), "it is not a run folder",
             "choose an empty or a new one with -o",
         )  # fmt: skip
-    if not (folder / MARK).exists():
-        write_atomic(folder / MARK, b'{"lamina_run": 1}\n')
-    lock = _lock(folder)
+    try:
+        if not (folder / MARK).exists():
+            write_atomic(folder / MARK, b'{"lamina_run": 1}\n')
+        lock = _lock(folder)
+    except RunError:
+        _discard(new)
+        raise
     for part in (*folder.glob(f".*{PART}"), *folder.glob(f"stages/.*{PART}")):
         part.unlink(missing_ok=True)
     try:
         yield RunFolder(folder)
     finally:
-        if is_new:
-            _discard(folder)
+        _discard(new)
         os.close(lock)  # closing gives the lock back, and so does any kind of death
 
 
-def _discard(folder: Path) -> None:
-    """Remove a run folder in which nothing was made, because the input was wrong."""
+def _discard(new: list[Path]) -> None:
+    """Remove a new run folder, and new ones around it, where nothing was made: bad input."""
     try:
-        if not {entry.name for entry in folder.iterdir()} <= {MARK, ".lock"}:
+        folder = new[0] if new else None
+        if folder is None or not {entry.name for entry in folder.iterdir()} <= {MARK, ".lock"}:
             return
         for name in (MARK, ".lock"):
             (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
+        for place in new:
+            place.rmdir()
     except OSError:  # another process has begun to use it, or (Windows) the lock is open
         pass
 

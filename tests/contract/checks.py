@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -87,10 +88,10 @@ def served(method: Method, case: Case) -> list[tuple[Site, tuple[Candidate, ...]
     return [(site, offers) for site, offers in found if offers]
 
 
-def ends(offers: Sequence[Candidate]) -> list[Candidate]:
-    """The cheapest, the middle and the dearest offer."""
-    picks = sorted({0, len(offers) // 2, len(offers) - 1})
-    return [offers[i] for i in picks]
+def spread(offers: Sequence[Candidate]) -> list[Candidate]:
+    """The cheapest, the dearest, and three between: sizes are interpolated there."""
+    last = len(offers) - 1
+    return [offers[i] for i in sorted({0, last // 4, last // 2, 3 * last // 4, last})]
 
 
 def carry(network: Network, site: Site, method: Method, settings, stats) -> list[Edit]:
@@ -140,13 +141,13 @@ def check_pure(method: Method, case: Case, sites: Sequence[Site]) -> None:
 
 
 def check_cost(method: Method, case: Case) -> int:
-    """Apply the cheapest, middle and dearest offer of every site alone; return how many."""
+    """Apply some offers of every site, each alone; return how many."""
     inputs = case.network.example_inputs
     params, macs = measured_params(case.network.module), measured_macs(case.network.module, inputs)
     count = 0
     for site, offers in served(method, case):
         dense = sum(t.numel() for t in weights_of(case.network, site).values())
-        for offer in ends(offers):
+        for offer in spread(offers):
             network, stats = case.fresh(), case.stats.of(site.name)
             edits = carry(network, site, method, offer.steps[0].settings, stats)
             where = f"{site.name} {offer.steps[0]}"
@@ -177,7 +178,7 @@ def check_curve(method: Method, case: Case) -> None:
                 assert offer.steps[0].method == method.name
                 assert math.isfinite(offer.error) and offer.error >= 0, f"{where}: {offer.error}"
                 assert min(cost.params, cost.bits, cost.macs, cost.seconds) >= 0, where
-            for cheap, dear in zip(offers, offers[1:], strict=False):
+            for cheap, dear in pairwise(offers):
                 assert dear.error < cheap.error, f"{where}: {dear.steps[0]} costs more for nothing"
 
 
@@ -227,11 +228,7 @@ def check_touch(method: Method, case: Case) -> None:
     for site, offers in served(method, case)[:2]:
         settings, stats = offers[len(offers) // 2].steps[0].settings, case.stats.of(site.name)
         network = case.fresh()
-        called = []
-        owner = network.module.get_submodule(site.module)
-        owner.register_forward_hook(lambda *_: called.append("after"))
-        owner.register_forward_pre_hook(lambda *_: called.append("before"))
-        owner.weight_of_user = "kept"
+        called = listen(network.module.get_submodule(site.module))
         for i, module in enumerate(network.module.modules()):
             module.training = i % 2 == 0
         for i, p in enumerate(network.module.parameters()):
@@ -273,6 +270,14 @@ def check_touch(method: Method, case: Case) -> None:
         if not site.rigid and site.op != "recurrent" and not site.aliases:
             assert called == ["before", "after"], f"{site.name}: hooks ran {called}"
     assert case.network.digest() == case.digest
+
+
+def listen(module: nn.Module) -> list[str]:
+    """Register hooks; return the list they write to."""
+    called: list[str] = []
+    module.register_forward_pre_hook(lambda *_: called.append("before"))
+    module.register_forward_hook(lambda *_: called.append("after"))
+    return called
 
 
 def flags_of(module: nn.Module) -> dict[str, bool]:

@@ -17,16 +17,17 @@ from tests.contract.models import ZOO
 import lamina.methods
 from lamina.artifact import pack, records, restore, unpack
 from lamina.errors import MethodError
-from lamina.measure.stats import Cost
+from lamina.measure.stats import Cost, Stats
 from lamina.methods.base import Choice, Method, get_method, registry, weights_of
 from lamina.network.sites import Sites
 from lamina.plan import Budget, Plan, apply, chains, plan, propose
+from lamina.plan.costs import fixed_cost, original_cost
 from lamina.plan.plan import Decision
 
 NAMES = sorted(registry())
 EVERYWHERE = [pytest.param(m, z, id=f"{m}-{z}") for z in ZOO for m in NAMES]
 LATER = [(a, b) for a in NAMES for b in NAMES if not get_method(a).final and get_method(b).final]
-RANKS = dict.fromkeys(ZOO, 0.8)  # the floor of Spearman's correlation
+RANKS = dict.fromkeys(ZOO, 0.9)  # floors of Spearman's correlation; .97 and above were measured
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -117,7 +118,7 @@ def test_6_a_fresh_process_loads_the_same_bits(tmp_path):
 @pytest.mark.parametrize("model", ZOO)
 def test_7_it_composes_with_every_later_stage(first, final, model, monkeypatch):
     """Proposed, decided, written, read, applied, saved and loaded as one chain."""
-    monkeypatch.setattr(chains, "EXTENDED", 2)
+    monkeypatch.setattr(chains, "EXTENDED", (2, 1))
     case = case_of(model)
     site = next((s for s in case.few if not get_method(first).refuse(s)), None)
     if site is None:
@@ -142,17 +143,17 @@ def _forced(case, site, first, final):
     """Chains of two methods whether or not they are on the front."""
     methods = [get_method(first), get_method(final)]
     weights, stats = weights_of(case.network, site), case.stats.of(site.name)
-    found = chains._chains(site, weights, stats, methods, chains.Stage(1), first=True)
+    found = chains._chains(site, weights, stats, methods, ())
     return [c for c in found if {first, final} <= {s.method for s in c.steps}]
 
 
 def test_7_three_stages_in_a_row(monkeypatch):
-    monkeypatch.setattr(chains, "EXTENDED", 1)
+    monkeypatch.setattr(chains, "EXTENDED", (1, 1))
     case = case_of("mlp")
     methods = [get_method(m) for m in ("alds", "magnitude", "rdoq")]
     site = case.sites.layers[0]
     weights, stats = weights_of(case.network, site), case.stats.of(site.name)
-    found = chains._chains(site, weights, stats, methods, chains.Stage(1), first=True)
+    found = chains._chains(site, weights, stats, methods, ())
     whole = [c for c in found if {s.method for s in c.steps} == {"alds", "magnitude", "rdoq"}]
     assert whole, "no chain of three stages"
     decided = Plan(case.digest, {site.name: Decision(whole[0].steps, Cost(), 0.0)})
@@ -202,17 +203,42 @@ def test_9_every_file_is_a_method_and_no_method_knows_another():
     assert files == {get_method(m).__class__.__module__.rpartition(".")[2] for m in NAMES}
 
 
+@pytest.mark.parametrize("model", ["mlp", "wave"])
+def test_a_plan_without_data_is_made_and_carried_out(model, monkeypatch):
+    """No statistics: relative spectral errors, the least maximum of them, and the same file."""
+    monkeypatch.setattr(chains, "EXTENDED", (1, 1))
+    case = case_of(model)
+    offers = propose(case.network, case.sites, Stats())
+    original = original_cost(case.network, case.sites)
+    decided = plan(
+        case.network, case.sites, Stats(), offers, Budget(size="40%"),
+        original=original, fixed=fixed_cost(case.network, case.sites),
+    )  # fmt: skip
+    assert decided.objective == "minimax"
+    assert decided.error == max(d.error for d in decided.sites.values())
+    edited = apply(case.network, decided, case.sites, Stats())
+    file = checks.check_file(case, edited.network, edited.edits)
+    assert len(file) <= 0.4 * original.bits / 8 * 1.02 + 64
+    inputs = case.entry.inputs(64)
+    zeroed = checks.other_skeleton(case.entry)
+    for p in zeroed.parameters():
+        p.data.zero_()
+    lost = checks.loss_increase(case, edited.model, inputs)
+    assert lost < 0.3 * checks.loss_increase(case, zeroed, inputs), "it is still the network"
+
+
 @pytest.mark.parametrize("model", ["residual", "gpt", "mlp-bf16"])
 def test_a_whole_plan_is_as_large_as_predicted(model, monkeypatch):
     """All methods, all sites, one budget: the file keeps to what the plan says of it."""
-    monkeypatch.setattr(chains, "EXTENDED", 1)
+    monkeypatch.setattr(chains, "EXTENDED", (1, 1))
     case = case_of(model)
     sites = Sites(case.few, rest=case.sites.rest)
     offers = propose(case.network, sites, case.stats)
     plain = pack(case.network.module, (), "module", {})
     original = Cost(bits=8.0 * len(plain), params=1.0, macs=1.0)
-    untouched = sum(8.0 * size for name, size in unpack(plain).ledger.items()
-                    if not any(name in (s.weight, s.bias, *s.aliases) for s in sites.layers))  # fmt: skip
+    claimed = {name for s in sites.layers for name in (s.weight, s.bias, *s.aliases)}
+    ledger = unpack(plain).ledger
+    untouched = sum(8.0 * size for name, size in ledger.items() if name not in claimed)
     least = sum(offers[s.name][-1].cost.bits for s in sites.layers)
     most = sum(offers[s.name][0].cost.bits for s in sites.layers)
     for part in (0.15, 0.5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from lamina.errors import DataError
 from lamina.measure.calibrate import calibrate
 from lamina.measure.loss import Loss, divergence
 from lamina.measure.stats import Stats, predict_error
-from lamina.network.sites import Site, Sites, as_matrix
+from lamina.network.sites import Site, Sites, as_matrix, from_matrix
 from lamina.network.source import Network, digest
 
 
@@ -157,8 +158,6 @@ def test_conv_transpose_columns_rebuild_the_weight_gradient(
     for row in range(site.matrix_shape[1]):
         basis = torch.zeros(site.matrix_shape, dtype=torch.float64)
         basis[:, row, 0] = 1
-        from lamina.network.sites import from_matrix
-
         grad = []
         for group in range(site.groups):
             only = torch.zeros_like(basis)
@@ -176,7 +175,7 @@ def test_conv_transpose_columns_rebuild_the_weight_gradient(
         g.append(torch.stack(grad))
     g_lit = torch.stack(g, 1)  # [groups, out * K]
     matrix = as_matrix(site, delta)
-    pixels = x.flatten(2)[:, :, torch.tensor(0)] * 0 + x[(slice(None), slice(None), *pixel)]
+    pixels = x[(slice(None), slice(None), *pixel)]
     pixels = pixels.unflatten(1, (site.groups, -1))
     by_hand = torch.einsum("go,goi,ngi->n", g_lit, matrix, pixels).square().mean() / 2
     torch.testing.assert_close(by_hand, exact)
@@ -359,7 +358,8 @@ def test_drawn_positions_give_the_same_moments_on_average(monkeypatch: pytest.Mo
     net = Single(nn.Conv2d(1, 2, 3))
     x = torch.randn(20, 1, 20, 20)
     full = run(net, x, layer(net), samples=20).layers["layer"]
-    monkeypatch.setattr("lamina.measure.calibrate.FEWEST", 2000)
+    module = importlib.import_module("lamina.measure.calibrate")  # `lamina.measure` is a verb too
+    monkeypatch.setattr(module, "FEWEST", 2000)
     drawn = run(net, x, layer(net), samples=20).layers["layer"]
     assert drawn.positions == pytest.approx(full.positions)
     assert not torch.equal(drawn.H, full.H)
@@ -390,7 +390,7 @@ def test_recurrent_layers(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(stats.layers["rnn.weight_hh_l1"].H[0], states.T @ states / 5)
     middle = stats.layers["rnn.weight_ih_l1"].H[0]
     assert torch.equal(middle, middle[0, 0] * torch.eye(4, dtype=torch.float64))
-    assert all(0 < s.scale <= 1e3 and s.G.any() for s in stats.layers.values())
+    assert all(s.scale > 0 and s.G.any() for s in stats.layers.values())
 
 
 @pytest.mark.parametrize("frozen", [False, True])

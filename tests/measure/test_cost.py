@@ -35,6 +35,7 @@ def test_shared_tensors_count_once() -> None:
         (nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), (2, 4, 8, 8), 6 * 16 * 2 * 9),
         (nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), (2, 4, 5, 5), 25 * 4 * 3 * 9),
         (GroupedLinear(6, 4, 2), (2, 6), 12),
+        (nn.GRUCell(3, 5), (2, 3), 15 * 3 + 15 * 5),
         (nn.LSTM(3, 5, bidirectional=True, batch_first=True), (2, 7, 3), 7 * 2 * (20 * 3 + 20 * 5)),
         (nn.Sequential(nn.Flatten(), nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 2)), (2, 6), 16),
     ],

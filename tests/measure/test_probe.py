@@ -67,6 +67,6 @@ def test_the_weight_is_restored_whatever_happens() -> None:
 
 
 def test_dear_networks_are_probed_on_fewer_samples() -> None:
-    assert probe_size([SITE]) == 500
+    assert probe_size([SITE]) == 250
     dear = Site("big", shape=(10_000, 10_000), positions=1000)
     assert probe_size([dear] * 50) == 16

@@ -44,7 +44,7 @@ def test_escaped_text_stays_on_its_line_and_in_its_cell(text: str) -> None:
     found = escape(text)
     assert len(found.splitlines()) <= 1
     assert "<" not in found
-    assert columns(f"|{found}|") == 1
+    assert columns(f"| {found} |") == 1
 
 
 def test_addresses_do_not_become_links() -> None:

@@ -28,7 +28,7 @@ MAX_ELEMENTS = 1 << 40
 MAX_DIMENSIONS = 32
 # Without a limit of the caller's own: what a file of this length may unfold to [bytes]. No network
 # shrinks ten thousand fold, and a hostile file of a kilobyte shall not take all memory.
-MOST_BYTES, FREE_BYTES, MOST_RATIO = 64 << 30, 256 << 20, 10_000
+MOST_BYTES, FREE_BYTES, MOST_RATIO = 64 << 30, 64 << 20, 10_000
 
 
 @dataclass(frozen=True)

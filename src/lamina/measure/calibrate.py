@@ -131,7 +131,8 @@ def calibrate(
         with at_rest(module, seed=seed):
             for done, site in enumerate(sites.layers, 1):
                 # A guessed moment has no size that could be trusted, so none is ruled out.
-                limits = (1e-12, 1e12) if site.name in blind else (1e-3, 1e3)
+                guessed = site.name in blind or role_of(module, site)[1] != "direct"
+                limits = (1e-12, 1e12) if guessed else (1e-3, 1e3)
                 readings[site.name] = measure_scale(
                     module, site, layers[site.name], probes, decided, seed=seed, limits=limits
                 )

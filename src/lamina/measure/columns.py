@@ -225,14 +225,12 @@ def _attention_inputs(
     if role == "out_proj":
         # The context is a mean of values: their second moment bounds it, the probe sets its scale.
         bias = module.in_proj_bias
-        weight: Tensor
-        if module.in_proj_weight is not None:
-            weight = module.in_proj_weight[2 * module.embed_dim :]
-        else:
-            weight = module.v_proj_weight
-        bias = None if bias is None else bias[2 * module.embed_dim :]
+        packed = module.in_proj_weight is not None
+        weight = (module.in_proj_weight if packed else module.v_proj_weight).detach()
+        weight = weight[2 * module.embed_dim :] if packed else weight
+        bias_v = None if bias is None else bias.detach()[2 * module.embed_dim :]
         with torch.no_grad():
-            seen = [F.linear(value, weight, bias)]
+            seen = [F.linear(value, weight, bias_v)]
         times = query.numel() // query.shape[-1] / max(1, value.numel() // value.shape[-1])
     else:
         name = site.weight.rpartition(".")[2]

@@ -202,6 +202,9 @@ def _macs(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
     if isinstance(m, nn.RNNBase):
         steps = x.numel() / m.input_size
         return steps * sum(p.numel() for n, p in m.named_parameters() if n.startswith("weight"))
+    if isinstance(m, nn.RNNCellBase):
+        steps = x.numel() / m.input_size
+        return steps * (m.weight_ih.numel() + m.weight_hh.numel())
     if isinstance(m, nn.MultiheadAttention):
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         rows = [given[n].numel() / given[n].shape[-1] for n in ("query", "key", "value")]

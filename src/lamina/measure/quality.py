@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamina.errors import DataError
+from lamina.errors import DataError, LaminaError
 from lamina.measure.forward import Batch, at_rest, batches, call
 from lamina.measure.loss import Loss, decide_loss, divergence
 from lamina.network.source import Network, main_output
@@ -128,7 +128,7 @@ def evaluate(
 
     Raises:
         DataError: no labels where they are needed, labels that do not fit the outputs, a metric
-            that raises nothing but gives no finite number.
+            that raises, or gives no finite number.
 
     Example:
         >>> batch = (torch.eye(3), torch.tensor([0, 1, 1]))
@@ -148,7 +148,7 @@ def evaluate(
             value = _supervised(wanted.name, network, loader)
         else:
             with torch.no_grad():
-                value = _number(wanted, wanted.measure(network, loader))
+                value = _number(wanted, _call(wanted, network, loader))
     if math.isnan(value) or (math.isinf(value) and wanted.name != "perplexity"):
         raise DataError(
             "the metric is not a number",
@@ -296,6 +296,19 @@ def _misfit(name: str, output: Tensor, labels: Tensor) -> DataError:
         f"output {list(output.shape)}, labels {list(labels.shape)} {labels.dtype}",
         "give class labels of the outputs' shape, or a metric of your own",
     )
+
+
+def _call(metric: Metric, network: nn.Module, loader: Iterable[Any]) -> Any:
+    assert metric.measure is not None
+    try:
+        return metric.measure(network, loader)
+    except LaminaError:
+        raise
+    except Exception as error:  # whatever a user's function may raise
+        raise DataError(
+            "the metric raised an error", f"metric {metric.name!r}",
+            f"{type(error).__name__}: {error}", "a metric is called with (module, loader)",
+        ) from error  # fmt: skip
 
 
 def _number(metric: Metric, value: Any) -> float:

@@ -57,8 +57,8 @@ Ints = NDArray[np.int64]
 SIZES = (2, 4, 8, 16, 32, 64, 256)
 BINS = 4096
 ROUNDS = 100  # of refinement; it stops by itself much earlier
-EXACT_SIZE = 1 << 16  # longer tensors are not coded once per codebook to learn their size
-ANCHORS = 3
+EXACT_SIZE = 1 << 9  # symbols up to which every codebook is coded
+ANCHORS = 3  # codebooks of a longer tensor that are coded
 FLOOR = 1e-6  # of the mean weight: a point without weight still has a nearest centroid
 
 
@@ -383,14 +383,13 @@ def codebook_bits(form: Codebook, count: Callable[[Ints], float] = codecs.length
 def sizes_of(forms: Sequence[Codebook]) -> list[float]:
     """Return the sizes of the codebooks of one layer, cheapest first [bits].
 
-    Coding a long tensor takes a second. There the estimate serves, corrected by how far it is off
-    at every third codebook.
+    Coding a long tensor takes a second. There the estimate serves, corrected at both ends and in
+    the middle by how far it is off.
     """
-    long = any(form.index.numel() > EXACT_SIZE for form in forms)
-    anchors = sorted({*range(0, len(forms), ANCHORS if long else 1), len(forms) - 1})
+    if all(form.index.numel() <= EXACT_SIZE for form in forms):
+        return [codebook_bits(form) for form in forms]
     quick = [codebook_bits(form, codecs.estimate) for form in forms]
-    ratios = [codebook_bits(forms[k]) / quick[k] for k in anchors]
-    return [q * float(np.interp(k, anchors, ratios)) for k, q in enumerate(quick)]
+    return codecs.anchored(quick, lambda i: codebook_bits(forms[i]), ANCHORS)
 
 
 method = KMeans()

@@ -109,7 +109,8 @@ class Magnitude:
             return ()
         matrix = as_matrix(site, weight)
         other = {key: t for key, t in weights.items() if key != "weight"}
-        extra = sum(8.0 * t.numel() * t.element_size() for t in other.values())
+        # What `keep` makes of the other tensors: a bias of zeros takes next to nothing.
+        extra = sum(min(8.0 * t.numel() * t.element_size(), sparse_bits(t)) for t in other.values())
         params = sum(t.numel() for t in weights.values())
         offers = []
         for score in SCORES if stats is not None else SCORES[:1]:

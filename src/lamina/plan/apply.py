@@ -12,7 +12,7 @@ from torch import nn
 from lamina.errors import NetworkError, PlanError
 from lamina.forms import Edit, find_tensor, install
 from lamina.measure.stats import LayerStats, Stats
-from lamina.methods.base import Choice, Step, get_method, weights_of
+from lamina.methods.base import Choice, Leaf, Step, get_method, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan.plan import Plan
@@ -130,21 +130,44 @@ def _carry_out(
         raise PlanError(f"{step.method} cannot serve the site", site.name, why, "edit the plan")
     weights = weights_of(network, site)
     leaves = () if method.final else method.leave(site, weights, stats, step.settings)
+    _check_order(site, step, later, leaves)
     edits = method.apply(network, Choice(site, step.settings), stats)
     if method.final:
         floats.update({p: find_tensor(network.module, p).detach().clone()
                        for p in (site.weight, site.bias) if p})  # fmt: skip
     install(network.module, edits)
-    if method.final and later:
-        raise PlanError(
-            f"{step.method} is the end of a chain", site.name, f"but {later[0].method} follows it"
-        )
     for leaf in leaves:
         inside = [s for s in later if s.at == leaf.site.name]
         if not inside:
             inside = [Step("keep", leaf.site.name)]
         edits += _carry_out(network, leaf.site, leaf.stats, inside, name, floats)
     return edits
+
+
+def _check_order(site: Site, step: Step, later: list[Step], leaves: tuple[Leaf, ...]) -> None:
+    """Refuse what follows a step if it is no chain.
+
+    Raises:
+        PlanError: a step follows a final one, comes before its stage, or has no layer to work on.
+    """
+    method = get_method(step.method)
+    if method.final and later:
+        raise PlanError(
+            f"{step.method} is the end of a chain", site.name, f"but {later[0].method} follows it"
+        )
+    places = [leaf.site.name for leaf in leaves]
+    for s in later:
+        if not any(s.at == place or s.at.startswith(f"{place}.") for place in places):
+            raise PlanError(
+                "a step has no layer to work on", f"{s.method} at {s.at}",
+                f"{step.method} leaves {', '.join(places)}", "edit the plan",
+            )  # fmt: skip
+        after = get_method(s.method)
+        if not after.final and after.stage <= method.stage:
+            raise PlanError(
+                f"{s.method} cannot follow {step.method}", s.at,
+                f"stage {after.stage.name} is not after {method.stage.name}", "edit the plan",
+            )  # fmt: skip
 
 
 def settle(edits: list[Edit]) -> list[Edit]:

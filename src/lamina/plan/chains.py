@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from lamina.methods.base import (
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 
-EXTENDED = 6  # points of a non-final method's curve that later stages extend
+EXTENDED = (3, 1)  # points of a first, a second non-final method's curve that are extended
 COMBINED = 24  # points kept of the joint curve of the layers one step leaves
 
 Candidates = Mapping[str, tuple[Candidate, ...]]
@@ -78,7 +79,7 @@ def propose_site(
     site: Site, weights: Weights, stats: LayerStats | None, methods: Sequence[Method]
 ) -> tuple[Candidate, ...]:
     """Return one layer's Pareto candidates over all chains of `methods`."""
-    whole = _chains(site, weights, stats, methods, after=Stage(1), first=True)
+    whole = _chains(site, weights, stats, methods, ())
     return pareto(whole)
 
 
@@ -117,20 +118,19 @@ def _chains(
     weights: Weights,
     stats: LayerStats | None,
     methods: Sequence[Method],
-    after: Stage,
-    first: bool = False,
+    before: tuple[Stage, ...],
 ) -> list[Candidate]:
-    """Return all chains for a layer of methods of a stage later than `after` (or any: first)."""
+    """Return all chains for a layer whose non-final methods come after the stages `before`."""
     found: list[Candidate] = []
     for method in methods:
         if site.kind not in method.kinds or method.refuse(site):
             continue
         if method.final:
             found += method.propose(site, weights, stats)
-        elif first or method.stage > after:
-            offers = thin(pareto(method.propose(site, weights, stats)), EXTENDED)
-            for offer in offers:
-                found += _extend(offer, method, site, weights, stats, methods)
+        elif len(before) < len(EXTENDED) and all(method.stage > stage for stage in before):
+            offers = pareto(method.propose(site, weights, stats))
+            for offer in thin(offers, EXTENDED[len(before)]):
+                found += _extend(offer, method, site, weights, stats, methods, before)
     return found
 
 
@@ -141,11 +141,15 @@ def _extend(
     weights: Weights,
     stats: LayerStats | None,
     methods: Sequence[Method],
+    before: tuple[Stage, ...],
 ) -> list[Candidate]:
     """Extend a non-final offer by the joint curve of the layers it leaves."""
     leaves = method.leave(site, weights, stats, offer.steps[0].settings)
     curves = [
-        thin(pareto(_chains(leaf.site, leaf.weights, leaf.stats, methods, method.stage)), COMBINED)
+        thin(
+            pareto(_chains(leaf.site, leaf.weights, leaf.stats, methods, (*before, method.stage))),
+            COMBINED,
+        )
         for leaf in leaves
     ]
     together = join(curves, "sum" if stats is not None else "max")
@@ -183,15 +187,15 @@ def join(curves: Sequence[Sequence[Candidate]], how: str = "sum") -> list[Candid
 
 def thin(candidates: Sequence[Candidate], count: int) -> tuple[Candidate, ...]:
     """Keep at most `count` candidates, spread evenly over the log of the bits, ends included."""
-    import math
-
     if len(candidates) <= count:
         return tuple(candidates)
+    if count < 2:
+        return tuple(candidates[:count])
     logs = [math.log(max(c.cost.bits, 1.0)) for c in candidates]
     top, bottom = logs[0], logs[-1]
     wanted = [top + (bottom - top) * i / (count - 1) for i in range(count)]
-    picks = sorted({min(range(len(logs)), key=lambda j: (abs(logs[j] - w), j)) for w in wanted})
-    return tuple(candidates[i] for i in picks)
+    picks = {min(range(len(logs)), key=lambda j: (abs(logs[j] - w), j)) for w in wanted[1:-1]}
+    return tuple(candidates[i] for i in sorted(picks | {0, len(logs) - 1}))
 
 
 def total(costs: Iterable[Cost]) -> Cost:

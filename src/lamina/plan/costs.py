@@ -27,7 +27,7 @@ def original_cost(network: Network, sites: Sites) -> Cost:
 
 
 def fixed_cost(network: Network, sites: Sites) -> Cost:
-    """Return what lies outside the sites' values: other tensors, manifest, record heads, checksum."""
+    """Return what lies outside the sites' values: other tensors, manifest, heads, checksum."""
     chosen = {p for site in sites.layers for p in (site.weight, site.bias) if p}
     tensors = [find_tensor(network.module, name) for name in chosen]
     whole = len(pack(network.module, (), network.source, PLAN))

@@ -94,13 +94,12 @@ def make_plan(
     )
 
 
-def limits_of(budget: Budget, original: Cost, fixed: Cost) -> tuple[list[str], np.ndarray]:
-    """Return the limited resources and what the sites may spend of each.
+def check_limits(budget: Budget) -> None:
+    """Refuse limits that cannot be planned for, before any work is done.
 
     Raises:
-        BudgetError: a latency limit (this version has no latency tables), or no limit at all.
+        BudgetError: a latency limit; this version has no latency tables.
     """
-    whole = {"bytes": original.bits / 8, "macs": original.macs, "params": original.params}
     if budget.latency is not None:
         raise BudgetError(
             "latency budgets cannot be planned yet",
@@ -108,6 +107,16 @@ def limits_of(budget: Budget, original: Cost, fixed: Cost) -> tuple[list[str], n
             "no latency tables are measured",
             "give macs= or params= instead",
         )
+
+
+def limits_of(budget: Budget, original: Cost, fixed: Cost) -> tuple[list[str], np.ndarray]:
+    """Return the limited resources and what the sites may spend of each.
+
+    Raises:
+        BudgetError: a latency limit (this version has no latency tables), or no limit at all.
+    """
+    whole = {"bytes": original.bits / 8, "macs": original.macs, "params": original.params}
+    check_limits(budget)
     limits = budget.resolve(whole)
     resources: list[str] = [r for r in ("bytes", "macs", "params") if r in limits]
     if not resources:  # max_drop alone: the search above gives a size

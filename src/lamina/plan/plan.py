@@ -117,7 +117,8 @@ class Plan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError("cannot read the plan", str(path), str(error)) from None
+            why = getattr(error, "strerror", None) or str(error)
+            raise PlanError("cannot read the plan", str(path), why) from None
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -240,10 +240,11 @@ def notes(facts: Facts) -> Section:
 def made(facts: Facts) -> Section:
     """How and where the result was made: enough to make it again."""
     machine = facts["machine"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     rows = [
         ("made", f"{f.date(facts['date'])}, seed {facts['seed']}"),
         ("with", f"lamina {facts['lamina']}, torch {machine['torch']}, "
-                 f"python {machine['python']}, {machine['threads']} threads"),
+                 f"python {machine['python']}, {threads}"),
         ("on", f"{machine['cpu']}, {machine['system']}"),
         ("from", f"network {facts['network']['digest']}"),
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from lamina.train.checkpoint import read_checkpoint, write_checkpoint
 from lamina.train.distill import Hidden, distillation_loss
 from lamina.train.fit import estimated_bytes, fit, held_bytes
 from lamina.train.hold import HeldNetwork
+from lamina.train.order import count_batches, samples_of, seeded
 from lamina.train.pressure import Price, rate_penalty
 
 AUTO_WORK = 1.6e12  # multiply-accumulates that "auto" may spend: about 90 seconds of one core
@@ -45,6 +46,8 @@ class Recovery:
         hidden: weight of matching hidden outputs of the layers both networks have.
         rate: let a penalty on coded length move the size to the budget's.
         price: where the price of a bit starts [loss per bit].
+        start: `"planned"`: from the values of the plan; `"wide"`: from the original values on grids no
+            wider than half a standard deviation.
         seed: of data order and of dropout.
     """
 
@@ -56,6 +59,7 @@ class Recovery:
     hidden: float = 0.0
     rate: bool = True
     price: float = 1e-6
+    start: str = "planned"
     seed: int = 0
 
 
@@ -123,10 +127,11 @@ class _Training:
         self.loss_kind = original.loss
         edits = [*edited.edits, *rest_edits(self.student, edited.edits)]
         squeeze = recovery.rate and limit is not None
-        if squeeze:
+        wide = squeeze and recovery.start == "wide"
+        if wide:
             edits = [start_edit(e, edited.floats) for e in edits]
-        self.net = HeldNetwork(self.student, edits, edited.floats if squeeze else {})
-        self.per_epoch = len(data.train)
+        self.net = HeldNetwork(self.student, edits, edited.floats if wide else {})
+        self.per_epoch = count_batches(data.train)
         self.steps = count_steps(recovery, self.per_epoch, samples_of(data), macs)
         parts = [(n, p) for n, p in self.net.named_parameters()]
         slow = [p for n, p in parts if not n.endswith("log_step")]
@@ -189,14 +194,13 @@ class _Training:
 
     def _batches(self, done: int) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch) from step `done` on; epochs are seeded, so that a resumed run agrees."""
-        train = self.data.train
+        train: Any = self.data.train
         step = done
         while step < self.steps:
             epoch, skip = divmod(step, self.per_epoch)
             if hasattr(train, "set_epoch"):
                 train.set_epoch(epoch)
-            torch.manual_seed(self.recovery.seed + epoch)
-            for i, batch in enumerate(train):
+            for i, batch in enumerate(seeded(train, self.recovery.seed + epoch)):
                 if i < skip:
                     continue
                 yield step, batch
@@ -323,15 +327,6 @@ def count_steps(recovery: Recovery, per_epoch: int, samples: int, macs: float) -
     work = 4.0 * max(macs, 1.0) * max(samples, 1)
     epochs = min(AUTO_EPOCHS, AUTO_WORK / work)
     return max(1, round(epochs * per_epoch))
-
-
-def samples_of(data: Data) -> int:
-    """Return the number of training samples, as far as it can be told without reading them all."""
-    size = getattr(data.train, "dataset_size", None)
-    if size is None:
-        dataset = getattr(data.train, "dataset", None)
-        size = len(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
-    return int(size) if size else 64 * len(data.train)
 
 
 def recalibrate(module: nn.Module, batches: Any, limit: int = 50) -> int:

@@ -1,0 +1,52 @@
+"""The training batches: how many, and in an order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from lamina.data import Data
+
+
+def seeded(batches: Iterable[Any], seed: int) -> Iterator[Any]:
+    """Yield batches, each drawn from a random state of its own.
+
+    A run that is resumed skips batches without training on them; random augmentation in a loader of
+    the user's must not notice the difference.
+
+    Example:
+        >>> drawn = (torch.rand(()) for _ in range(3))
+        >>> again = (torch.rand(()) for _ in range(3))
+        >>> list(seeded(drawn, 1)) == list(seeded(again, 1))
+        True
+    """
+    torch.manual_seed(seed)
+    source = iter(batches)
+    for i in itertools.count():
+        if i:
+            torch.manual_seed(seed * 1_000_003 + i)
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        yield batch
+
+
+def count_batches(loader: Any) -> int:
+    """Return the number of batches of one epoch, counted where the loader cannot tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return sum(1 for _ in loader)
+
+
+def samples_of(data: Data) -> int:
+    """Return the number of training samples, as far as it can be told without reading them all."""
+    size = getattr(data.train, "dataset_size", None)
+    if size is None:
+        dataset = getattr(data.train, "dataset", None)
+        size = len(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
+    return int(size) if size else 64 * count_batches(data.train)

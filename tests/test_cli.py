@@ -1,0 +1,284 @@
+"""The command line: verbs, exit codes, one line for an error, help that teaches."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.own import FAST, run_lamina, start_lamina, write_net
+
+from lamina import cli, cli_show
+from lamina.compress import load
+from lamina.errors import InfeasibleError
+
+VERBS = (
+    *("inspect", "compress", "plan", "apply", "recover", "evaluate", "report", "export", "bench"),
+    *("methods", "decompress"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.py and a finished run of it in `run`."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_net(folder)
+    done = run_lamina(
+        *("compress", "net.py:build", "--data", "net.py:loaders", "--size", "30%"),
+        *(*FAST, "--samples", "64", "-o", "run"), cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (folder / "out.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def test_compress_fills_the_run_folder_and_prints_the_report(place: Path) -> None:
+    made = {p.name for p in (place / "run").iterdir()}
+    assert {"net.lamina", "plan.json", "report.json", "report.md", "report.html"} <= made
+    printed = (place / "out.txt").read_text(encoding="utf-8")
+    facts = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
+    size = (place / "run" / "net.lamina").stat().st_size
+    assert facts["size"]["file"] == size
+    assert sum(row["bytes"] for row in facts["ledger"]) == size
+    assert size <= 0.3 * facts["size"]["original"]
+    assert f"{size:,}" in printed
+    assert "run/net.lamina" in printed.replace("\\", "/")
+    for stage in ("discover", "measure", "propose", "plan", "pack"):
+        assert re.search(rf"^{stage} +\d", printed, re.MULTILINE), stage
+
+
+def lamina(place: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.chdir(place)
+    return cli.main(words)
+
+
+def test_report_prints_the_table_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lamina(place, monkeypatch, "report", "run", "--html", "page.html") == 0
+    table = capsys.readouterr().out.split("\nreport:")[0].strip()
+    assert table in (place / "out.txt").read_text(encoding="utf-8")
+    assert (place / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_inspect_shows_sites(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lamina(place, monkeypatch, "inspect", "net.py:build") == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("0 "))
+    assert "linear" in row and "24x16" in row and "384" in row and "rdoq" in row
+    assert any("2 layers" in line for line in lines)
+
+
+def test_inspect_shows_a_files_ledger_without_building_the_network(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "alone").mkdir(exist_ok=True)
+    (place / "alone" / "x.lamina").write_bytes((place / "run" / "net.lamina").read_bytes())
+    assert lamina(place / "alone", monkeypatch, "inspect", "x.lamina") == 0
+    out = capsys.readouterr().out
+    size = (place / "alone" / "x.lamina").stat().st_size
+    assert re.search(rf"total +{size:,}\n", out)
+    assert "python:net.py:build" in out
+
+
+def test_evaluate_a_file_of_ones_own_network(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("run/net.lamina", "--data", "net.py:loaders", "--skeleton", "net.py:build")
+    assert lamina(place, monkeypatch, "evaluate", *words, "--split", "validation") == 0
+    facts = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
+    after = facts["quality"]["validation"]["after"]
+    assert capsys.readouterr().out == f"accuracy {after:.4f} points (validation)\n"
+    assert lamina(place, monkeypatch, "evaluate", *words, "--metric", "kl") == 0
+    assert 0 < float(capsys.readouterr().out.split()[1]) < 1
+
+
+def test_evaluate_with_a_metric_of_ones_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "own_metric.py").write_text("def score(module, loader):\n    return 12.5\n")
+    words = ("net.py:build", "--data", "net.py:loaders", "--metric", "own_metric.py:score")
+    assert lamina(place, monkeypatch, "evaluate", *words) == 0
+    assert capsys.readouterr().out == "score 12.5000 points (test)\n"
+
+
+def test_plan_then_apply_gives_the_file_of_compress(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("net.py:build", "--data", "net.py:loaders", "--samples", "64")
+    code = lamina(
+        place, monkeypatch, "plan", *words, "--size", "30%", "--methods", "rdoq", "-o", "p.json"
+    )
+    assert code == 0
+    assert (
+        lamina(place, monkeypatch, "apply", "net.py:build", "p.json", *words[1:], "-o", "a.lamina")
+        == 0
+    )
+    assert (place / "a.lamina").read_bytes() == (place / "run" / "net.lamina").read_bytes()
+
+
+def test_recover_trains_a_plan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("net.py:build", "run/plan.json", "--data", "net.py:loaders", "--samples", "64")
+    assert lamina(place, monkeypatch, "recover", *words, "--epochs", "1", "-o", "run3") == 0
+    facts = json.loads((place / "run3" / "report.json").read_text(encoding="utf-8"))
+    assert facts["recovery"]["steps"] == 8  # 512 samples in batches of 64
+    assert facts["size"]["file"] <= facts["size"]["limit"]
+
+
+def test_decompress_and_export_write_the_dense_tensors(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    assert lamina(place, monkeypatch, "decompress", "run/net.lamina", "-o", "d.safetensors") == 0
+    export = ("export", "run/net.lamina", "--to", "safetensors", "-o", "e.safetensors")
+    assert lamina(place, monkeypatch, *export) == 0
+    state = load(place / "run" / "net.lamina", skeleton=build(place)).state_dict()
+    for name in ("d.safetensors", "e.safetensors"):
+        found = load_file(place / name)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def build(place: Path) -> torch.nn.Module:
+    spec = importlib.util.spec_from_file_location("own_net", place / "net.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build()[0]  # type: ignore[no-any-return]
+
+
+def test_bench_times_both(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("bench", "run/net.lamina", "--skeleton", "net.py:build")
+    assert lamina(place, monkeypatch, *words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"before +\d+\.\d+ ms\nafter +\d+\.\d+ ms\n", out), out
+
+
+def test_methods_lists_cards_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    for name in ("alds", "keep", "kmeans", "magnitude", "rdoq"):
+        assert re.search(rf"^{name} +\d ", out, re.MULTILINE), name
+    assert "arXiv:2107.11442" in out
+    assert cli.main(["methods", "alds"]) == 0
+    card = capsys.readouterr().out
+    assert card.startswith("alds: ") and "**Does not help**" in card
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from lamina._version import __version__
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lamina {__version__}\n"
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "lamina compress lenet-5 --data mnist-10k --size 2%" in out
+    assert all(re.search(rf"^  {verb} ", out, re.MULTILINE) for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"\n  Examples:\n    lamina {verb}" in out
+    assert "..." not in next(
+        line for line in help_page(capsys).splitlines() if line.startswith(f"  {verb} ")
+    )  # the summary fits its line
+
+
+def help_page(capsys: pytest.CaptureFixture[str]) -> str:
+    cli.main(["--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compres"], "No such command 'compres'"),
+        (["compress"], "Missing argument"),
+        (["compress", "lenet-5", "--sise", "2%"], "No such option"),
+        (["compress", "lenet-5", "--seed", "x"], "Invalid value for '--seed'"),
+        (["plan", "lenet-5", "--samples", "0"], "Invalid value for '--samples'"),
+        (["methods", "nix"], "unknown method"),
+        (["export", "x.lamina", "--to", "onnx", "-o", "x.onnx"], "comes with a later version"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line_and_code_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("lamina: ") and shown.err.count("\n") == 1
+    assert said in shown.err
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_our_own_leaves_a_traceback_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("by zero\nand a second line")
+
+    monkeypatch.setattr(cli_show, "show_methods", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.main(["methods"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "ZeroDivisionError: by zero;" in err and "please report it" in err
+    (file,) = tmp_path.iterdir()
+    assert str(file) in err
+    assert "Traceback" in file.read_text(encoding="utf-8")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--debug", "methods"])
+
+
+def test_an_infeasible_budget_is_code_3(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_show.explain(InfeasibleError("no plan fits", nearest={"bytes": 9.0})) == 3
+    assert capsys.readouterr().err == "lamina: no plan fits\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    write_net(tmp_path, "\n\ndef slow():\n    import time\n    print('up', flush=True)\n"
+                        "    time.sleep(60)\n")  # fmt: skip
+    words = ("compress", "net.py:build", "--data", "net.py:slow", "--size", "30%", "-o", "run")
+    with start_lamina(*words, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert err == "lamina: interrupted; the same command continues the run in run\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes to break")
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    with start_lamina("methods", "alds", cwd=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert "Traceback" not in err and "fault" not in err
+
+
+def test_run_names_are_made_of_model_and_budget() -> None:
+    assert cli_show.slug("a b/net.lamina", {"macs": "50%", "max_drop": 0.3}) == (
+        "net-macs-50pct-max_drop-0.3"
+    )
