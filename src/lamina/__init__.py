@@ -7,18 +7,16 @@
     result.save("net.lamina")
     model = lamina.load("net.lamina")
 
-`compress` is the stages in a row; each stage is a function of its own, takes a value and returns one:
+`compress` is the stages in a row; each is a function of its own, takes a value and returns one:
 `discover` -> `measure` -> `propose` -> `plan` -> `apply` -> `recover` -> `save` -> `report`.
 """
 
-from lamina._version import __version__
+from lamina import errors as errors
+from lamina._version import __version__ as __version__
 
-from lamina import errors
-
-# Some functions bear the name of the package they live in (`lamina.plan`). A package is bound to its
-# parent when it is first loaded, so all are loaded here before the functions take over the names.
-from lamina import compress as _compress  # isort: skip
-from lamina.compress import Result, compress, load, save  # isort: skip
+# Some functions bear the name of the package they live in (`lamina.plan`). A package is bound to
+# its parent when it is first loaded: all are loaded by now, so the functions take the names over.
+from lamina.compress import compress, load, save
 from lamina.measure.calibrate import calibrate as measure
 from lamina.methods.base import Method
 from lamina.network.discover import discover
@@ -36,11 +34,9 @@ __all__ = [
     "Plan",
     "Recovery",
     "Report",
-    "Result",
     "apply",
     "compress",
     "discover",
-    "errors",
     "load",
     "measure",
     "plan",

@@ -96,9 +96,9 @@ def inspect(
         from lamina import artifact
 
         return show.show_package(model, artifact.read(model))
-    from lamina.compress import Way, measured, offered
     from lamina.network.discover import discover
     from lamina.network.load import check_network
+    from lamina.stages import Way, measured, offered
 
     network, loaders = _open(model, data, skeleton)
     check_network(network)
@@ -150,10 +150,10 @@ def plan(
     skeleton: Skeleton = None, out: Out = Path("plan.json"),
 ) -> None:  # fmt: skip
     """Decide what each layer will undergo, as plan.json."""
-    from lamina.compress import Way, measured, offered, planned
     from lamina.network.discover import discover
     from lamina.network.load import check_network
     from lamina.plan.chains import choose_methods
+    from lamina.stages import Way, measured, offered, planned
 
     budget = read_budget(size, macs, params, latency, max_drop)
     names = read_names(methods)
@@ -368,8 +368,8 @@ def _open(
     model: str, data: str | None, skeleton: str | None, own_data: bool = False
 ) -> tuple[Any, Any]:
     """Return the network and its data: what was named, or with `own_data` what it brings along."""
-    from lamina.compress import open_model
     from lamina.data import as_data, load
+    from lamina.opening import open_model
 
     loaders = load(data) if data is not None else None
     network = open_model(model, None, loaders, skeleton)

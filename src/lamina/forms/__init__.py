@@ -5,8 +5,8 @@ from lamina.forms.low_rank import GroupedLinear
 from lamina.forms.values import FORMS_OF_VALUES, Codebook, Grid, Plain, Sparse, Values
 
 __all__ = [
-    "FORMS_OF_VALUES",
     "BUILDERS",
+    "FORMS_OF_VALUES",
     "Codebook",
     "Edit",
     "Grid",

@@ -56,7 +56,9 @@ class Hidden:
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         self.theirs: dict[str, torch.Tensor] = {}
         self.ours: dict[str, torch.Tensor] = {}
-        names = {n for n, m in teacher.named_modules() if n and any(True for _ in m.parameters(False))}
+        names = {
+            n for n, m in teacher.named_modules() if n and any(True for _ in m.parameters(False))
+        }
         known = dict(student.named_modules())
         for name, module in teacher.named_modules():
             if name in names and name in known:

@@ -81,6 +81,7 @@ def recover(
     *,
     limit: float | None = None,
     macs: float = 0.0,
+    chains: Mapping[str, str] | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> Recovered:
@@ -93,6 +94,7 @@ def recover(
         recovery: settings.
         limit: size the file must end at or under [bytes]; None: whatever comes out.
         macs: of the original per sample, for the amount of work.
+        chains: what the file will say of the plan, so that the rest of the file is known exactly.
         checkpoint: a file to continue from and to write to.
         progress: called with (steps done, steps in all, text).
 
@@ -103,7 +105,9 @@ def recover(
     if data.train is None:
         raise DataError("recovery needs training data", "data.train", "", "use recover=None")
     with torch.random.fork_rng(devices=[]):
-        return _Training(original, edited, data, recovery, limit, macs).run(checkpoint, progress)
+        return _Training(original, edited, data, recovery, limit, macs, chains or {}).run(
+            checkpoint, progress
+        )
 
 
 class _Training:
@@ -117,10 +121,11 @@ class _Training:
         recovery: Recovery,
         limit: float | None,
         macs: float,
+        chains: Mapping[str, str],
     ) -> None:
         from accelerate import Accelerator
 
-        self.recovery, self.data, self.edited = recovery, data, edited
+        self.recovery, self.data, self.edited, self.chains = recovery, data, edited, chains
         self.accelerator = Accelerator()
         self.teacher = copy_module(original.module).eval().requires_grad_(False)
         self.student = copy_module(edited.network.module)
@@ -171,8 +176,7 @@ class _Training:
     def _pack(self, values: Mapping[str, Values]) -> bytes:
         edits = [e for e in self.edited.edits if e.path not in values]
         edits += [Edit(n, "values", values=v) for n, v in values.items()]
-        plan = {"*": "x" * 24}
-        return pack(self.student, tuple(edits), self.edited.network.source, plan)
+        return pack(self.student, tuple(edits), self.edited.network.source, self.chains)
 
     def run(self, checkpoint: Path | None, progress: Progress | None) -> Recovered:
         done = self._resume(checkpoint)
@@ -371,5 +375,3 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     return value
-
-
