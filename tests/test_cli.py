@@ -129,9 +129,9 @@ def test_plan_then_apply_gives_the_file_of_compress(
 
 def test_recover_trains_a_plan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("net.py:build", "run/plan.json", "--data", "net.py:loaders", "--samples", "64")
-    assert lamina(place, monkeypatch, "recover", *words, "--epochs", "1", "-o", "run3") == 0
+    assert lamina(place, monkeypatch, "recover", *words, "--epochs", "6", "-o", "run3") == 0
     facts = json.loads((place / "run3" / "report.json").read_text(encoding="utf-8"))
-    assert facts["recovery"]["steps"] == 8  # 512 samples in batches of 64
+    assert facts["recovery"]["steps"] == 48  # 512 samples in batches of 64, six times
     assert facts["size"]["file"] <= facts["size"]["limit"]
 
 

@@ -54,6 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_net(folder, SLOW)
     done = run_lamina(*COMMAND, "whole", cwd=folder)
     assert done.returncode == 0, done.stderr
+    facts = json.loads((folder / "whole" / "report.json").read_text(encoding="utf-8"))
+    assert facts["recovery"]["steps"] == 8 * EPOCHS  # the file holds what was trained
     return folder
 
 

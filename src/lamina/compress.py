@@ -135,9 +135,9 @@ def compress(
     limit = size_limit(way, chosen)
     recovered = recovered_or_none(way, chosen, edited, limit)
     with way.timed("pack"):
-        if recovered and keeps_applied(way, chosen, edited, recovered, limit):
-            recovered = None
         final = recovered.edited if recovered else edited
+        if recovered and keeps_applied(way, chosen, edited, recovered, limit):
+            final = edited
         file = packed(final, chosen)
         if recovered is None and plan is None and limit is not None:
             chosen, edited, file = refit(way, sites, stats, candidates, chosen, edited, file, limit)

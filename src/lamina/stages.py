@@ -27,7 +27,7 @@ from lamina.train import Recovered, Recovery, recalibrate, recover
 from lamina.train.checkpoint import read_checkpoint, write_checkpoint
 
 SLACK_ERROR = 5e-4  # [nats per sample] predicted error from which rate pressure starts walking
-SMALL_ERROR = 1e-3  # [nats per sample] below this "auto" does not train
+SMALL_ERROR = 1e-4  # [nats per sample] below this "auto" does not train
 Watch = Callable[[str, int, int, str], None]  # stage, done, total, text
 
 
