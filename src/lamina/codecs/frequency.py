@@ -136,6 +136,9 @@ def choose_table(values: Ints, counts: Ints) -> tuple[Table, Ints, float]:
         fixed = float(escaped * width) + (30 if escaped else 0)
         if kept.any():
             fixed += sum(len(part) for part in _value_bits(values[kept]))
+        ideal = fixed + float(entries @ (np.log2(entries.sum()) - np.log2(entries)))
+        if best is not None and ideal >= best[0]:
+            continue  # no table can be that good
         for precision, weights in _weightings(entries):
             table = Table(values[kept], weights, precision, escaped, base, width)
             bits = fixed + information_bits(entries, table.frequencies(), precision)

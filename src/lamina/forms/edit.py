@@ -80,7 +80,11 @@ def _replace(root: nn.Module, edit: Edit) -> None:
         raise FileError(
             "an edit names a module the skeleton does not have", edit.path, str(error)
         ) from None
-    new = build(old, edit.settings)
+    try:
+        new = build(old, edit.settings)
+    except FileError as error:  # the builder knows the integers, but not where they are for
+        where = f"{edit.path} ({error.where})" if error.where else edit.path
+        raise FileError(error.what, where, error.why, error.fix) from None
     new.train(old.training)
     for hooks in HOOKS:
         getattr(new, hooks).update(getattr(old, hooks))

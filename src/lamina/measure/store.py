@@ -47,8 +47,8 @@ def parse_stats(data: bytes) -> Stats:
         whole = json.loads(header["__metadata__"]["stats"])
         layers = {}
         for name, numbers in whole["layers"].items():
-            parts = {p: tensors.get(f"{p}:{name}") for p in PARTS}
-            layers[name] = LayerStats(**parts, **numbers)
+            H, G = tensors[f"H:{name}"], tensors[f"G:{name}"]
+            layers[name] = LayerStats(H, G, tensors.get(f"mean:{name}"), **numbers)
         return Stats(
             layers=layers,
             samples=whole["samples"],

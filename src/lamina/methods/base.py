@@ -53,7 +53,8 @@ class Candidate:
         site: the site's name.
         steps: the chain, in stage order.
         cost: what the site costs afterwards, weight and bias together.
-        error: predicted increase of the loss [nats per sample]; data-free the relative spectral error.
+        error: predicted increase of the loss [nats per sample]; data-free the relative spectral
+            error.
     """
 
     site: str
@@ -83,10 +84,10 @@ class Choice:
 class Method(Protocol):
     """A compression method: one file, one small class, one instance called `method` in that file.
 
-    A *final* method says how the values of a layer are stored (keep, kmeans, rdoq). A method that is
-    not final (alds, magnitude) leaves layers behind, and `leave` describes them, so that later methods
-    can propose on tensors that do not exist yet. A chain is any methods of rising stage that ends with
-    exactly one final method.
+    A *final* method says how the values of a layer are stored (keep, kmeans, rdoq). A method that
+    is not final (alds, magnitude) leaves layers behind, and `leave` describes them, so that later
+    methods can propose on tensors that do not exist yet. A chain is any methods of rising stage
+    that ends with exactly one final method.
     """
 
     name: str

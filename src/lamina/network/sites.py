@@ -13,9 +13,9 @@ STRUCTURAL = ("linear", "conv")  # operations whose form may be replaced by a pa
 class Site:
     """One place where something can be compressed.
 
-    A `layer` site is one weight tensor and, where there is one, its bias; a `chain` site is a run of
-    layers and what is between them. A site is described by names, shapes and integers only, so that a
-    layer which does not exist yet (a factor of a low rank pair) is as good as a real one.
+    A `layer` site is one weight tensor and, where there is one, its bias; a `chain` site is a run
+    of layers and what is between them. A site is described by names, shapes and integers only, so
+    that a layer which does not exist yet (a factor of a low rank pair) is as good as a real one.
 
     Args:
         name: unique name; a layer's module path (`"conv1"`), or the parameter name where one module
@@ -31,7 +31,8 @@ class Site:
         kernel, stride, padding, dilation: geometry of convolutions; padding is a tuple of numbers
             (per side, symmetric) or a 1-tuple with `"same"`.
         padding_mode: of convolutions.
-        positions: output positions per sample at which the weight is applied (tokens, pixels, calls).
+        positions: output positions per sample at which the weight is applied (tokens, pixels,
+            calls).
         rigid: why the layer's form must stay (`""`: it may be replaced); values may change anyway.
         aliases: other parameter names that are the same tensor (tied weights).
         members: names of the layer sites of a chain, in order.
@@ -77,9 +78,9 @@ class Site:
 def as_matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """Return a layer's weight as independent matrices `[groups, out, in]` acting on input columns.
 
-    linear `[g*out, in]`; conv `[g*out, in, *kernel]` (a column is an unfolded patch, channel first);
-    conv_transpose `[g*in, out, *kernel]` gives `[g, out*K, in]`; embedding `[rows, dim]` gives
-    `[1, dim, rows]` (a column is one-hot).
+    linear `[g*out, in]`; conv `[g*out, in, *kernel]` (a column is an unfolded patch, channel
+    first); conv_transpose `[g*in, out, *kernel]` gives `[g, out*K, in]`; embedding `[rows, dim]`
+    gives `[1, dim, rows]` (a column is one-hot).
 
     Example:
         >>> as_matrix(Site("c", op="conv", groups=2), torch.zeros(4, 3, 5, 5)).shape

@@ -18,9 +18,11 @@ class Network:
     Args:
         module: the network itself; never changed in place.
         example_inputs: positional inputs of one forward pass; dimension 0 is the batch.
-        source: how to rebuild the skeleton: `"zoo:lenet-5"`, `"python:net.py:build"` or `"module"`.
+        source: how to rebuild the skeleton: `"zoo:lenet-5"`, `"python:net.py:build"` or
+            `"module"`.
         name: a short name for reports.
-        data: the network's own loaders, if it has any (`train`, `calibration`, `validation`, `test`).
+        data: the network's own loaders, if it has any (`train`, `calibration`, `validation`,
+            `test`).
         loss: what its outputs are: `"logits"`, `"features"` or `"auto"` (decided when measured).
 
     Example:
@@ -38,7 +40,7 @@ class Network:
     loss: str = "auto"
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the module without gradients, in evaluation mode, and return its main output tensor."""
+        """Run the module without gradients, in evaluation mode; return its main output tensor."""
         training = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:

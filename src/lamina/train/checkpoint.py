@@ -21,8 +21,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Return the state in `path`, or None where there is none that can be read."""
     try:
-        return torch.load(path, weights_only=True)
-    except FileNotFoundError:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # a missing or damaged checkpoint costs time, not the run
         return None
-    except Exception:  # a damaged checkpoint costs time, not the run
-        return None
+    return state if isinstance(state, dict) else None

@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lamina.errors import DataError
+from lamina.measure.loss import decide_loss
 from lamina.network.source import main_output
+
+IGNORED = -100  # torch's label that does not count
 
 
 def distillation_loss(
@@ -19,39 +23,76 @@ def distillation_loss(
     *,
     weight: float = 0.7,
     temperature: float = 2.0,
+    tokens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the loss of one batch [nats per sample for logits].
+    """Return the loss of one batch [nats per prediction for logits].
 
     Args:
         output, taught: what the edited and the original network gave.
-        labels: class indices `[N]` (or `[N, T]`), or None.
-        kind: `"logits"`, `"features"` or `"auto"` (logits where integer labels fit the last dimension).
+        labels: class indices of the outputs' shape without the class dimension, or None.
+        kind: `"logits"`, `"features"` or `"auto"`, decided as when the network was measured.
         weight: of distillation against the labels' cross-entropy; without labels it is all.
         temperature: softens both distributions; the loss is scaled by its square.
+        tokens: what a language model was given `[N, T]`; labels that are these very tokens mean
+            the next one, as in Hugging Face models.
+        mask: `[N, T]`, 0 where a token does not count.
+
+    Raises:
+        DataError: a label is no class of the outputs.
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
     ours, theirs = main_output(output).float(), main_output(taught).float()
-    fits = labels is not None and not labels.is_floating_point() and labels.shape == ours.shape[:-1]
-    if kind == "auto":
-        kind = "logits" if fits or hasattr(output, "logits") else "features"
-    if kind == "features":
+    loss = decide_loss(kind, output, ours, labels)
+    if loss.kind == "features":
         return F.mse_loss(ours, theirs) / theirs.pow(2).mean().clamp_min(1e-12)
-    ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2)
+    ours, theirs = ours.movedim(loss.axis, -1), theirs.movedim(loss.axis, -1)
+    hard = _cross_entropy(ours, labels, tokens)
+    if mask is not None and mask.shape == ours.shape[:-1] and bool(mask.any()):
+        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
     soft = F.kl_div(
-        F.log_softmax(ours / temperature, -1),
-        F.log_softmax(theirs / temperature, -1),
+        F.log_softmax(ours.flatten(0, -2) / temperature, -1),
+        F.log_softmax(theirs.flatten(0, -2) / temperature, -1),
         log_target=True,
         reduction="batchmean",
     ) * (temperature**2)
-    if not fits or labels is None:
-        return soft
-    hard = F.cross_entropy(ours, labels.flatten(), ignore_index=-100)
-    return weight * soft + (1 - weight) * hard
+    return soft if hard is None else weight * soft + (1 - weight) * hard
+
+
+def _cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor | None, tokens: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the labels' loss of logits `[..., classes]`, or None where no label counts."""
+    if labels is None or labels.is_floating_point():
+        return None
+    if labels.shape == (*logits.shape[:-1], 1):
+        labels = labels.squeeze(-1)
+    if labels.shape != logits.shape[:-1]:
+        return None
+    if tokens is not None and tokens.shape == labels.shape and labels.dim() == 2:
+        kept = labels != IGNORED
+        if not tokens.is_floating_point() and bool((tokens == labels)[kept].all()):
+            logits, labels = logits[:, :-1], labels[:, 1:]  # the label of a token is the next one
+    rows, classes = logits.flatten(0, -2), labels.flatten().long()
+    counted = classes[classes != IGNORED]
+    if not len(counted):
+        return None
+    if int(counted.min()) < 0 or int(counted.max()) >= rows.shape[-1]:
+        raise DataError(
+            "a label is no class of the network",
+            f"labels {int(counted.min())}..{int(counted.max())}",
+            f"it has {rows.shape[-1]} classes",
+            f"give class indices, {IGNORED} where none counts",
+        )
+    return F.cross_entropy(rows, classes, ignore_index=IGNORED)
 
 
 class Hidden:
-    """Matching hidden outputs: collects the outputs of layers that both networks have by name."""
+    """Matching hidden outputs: collects the outputs of layers that both networks have by name.
+
+    Its hooks stay on the two modules: give it copies.
+    """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         self.theirs: dict[str, torch.Tensor] = {}

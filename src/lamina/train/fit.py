@@ -13,6 +13,7 @@ from lamina.forms import Grid, Values
 from lamina.train.hold import HeldGrid, HeldNetwork
 
 SMALL = 4096  # symbols; smaller tensors are simply coded
+WIDEST = 8.0  # the most that levels are drawn towards zero, in steps
 HEAD = 8  # bytes of a record that are not symbols
 
 
@@ -35,8 +36,10 @@ def estimated_bytes(values: Mapping[str, Values]) -> float:
 def fit(net: HeldNetwork, room: float | None) -> dict[str, Values]:
     """Return the trained values, with the least widening of the zero zone that fits `room` bytes.
 
-    Rounding moves from `round(|z|)` to `floor(|z| + 1/2 - t)`; t is bisected over [0, 1/2]. With no
-    limit, or when all fits, t = 0 and the values are exactly those that were trained.
+    Rounding moves from `round(|z|)` to `floor(|z| + 1/2 - t)`; t is bisected over [0, 1/2], and
+    beyond, up to `WIDEST`, only where that is not enough: a poor network that fits is compared with
+    others, one that does not fit is lost. With no limit, or when all fits, the values are exactly
+    those that were trained.
     """
     values = net.release()
     if room is None or held_bytes(values) <= room:
@@ -48,6 +51,9 @@ def fit(net: HeldNetwork, room: float | None) -> dict[str, Values]:
     }
     low, high = 0.0, 0.5
     best = _narrow(values, levels, high)
+    while high < WIDEST and held_bytes(best) > room:
+        low, high = high, 2 * high
+        best = _narrow(values, levels, high)
     for _ in range(12):
         middle = (low + high) / 2
         trial = _narrow(values, levels, middle)
@@ -65,6 +71,6 @@ def _narrow(
     for name, z in levels.items():
         held = values[name]
         assert isinstance(held, Grid)
-        symbols = z.sign() * (z.abs() + 0.5 - by).floor()
+        symbols = z.sign() * (z.abs() + 0.5 - by).floor().clamp_min(0)
         out[name] = replace(held, symbols=symbols.to(torch.int32).cpu())
     return out

@@ -1,4 +1,4 @@
-"""Holding a decision alive while training: how each form of values becomes trainable and comes back.
+"""Holding a decision alive while training: each form of values becomes trainable and comes back.
 
 A held tensor is computed in every forward pass from trainable parts (straight-through where it is
 rounded), so what is trained is what will be stored.
@@ -22,14 +22,19 @@ class HeldGrid(nn.Module):
     """A tensor on a uniform grid: `w = step * round(latent / step)`, both trained.
 
     Rounding passes gradients straight through (Bengio et al. 2013); the step is learned as its
-    logarithm (LSQ, Esser et al. 2020, in log form).
+    logarithm (LSQ, Esser et al. 2020, in log form), counted from where it began: `exp(0) = 1`
+    gives the first step back to the bit, `exp(log(step))` would not.
     """
+
+    base: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, values: Grid, start: torch.Tensor) -> None:
         super().__init__()
         self.values = values
         self.latent = nn.Parameter(start.detach().to(torch.float32).clone())
-        self.log_step = nn.Parameter(torch.tensor(math.log(values.step)))
+        self.log_step = nn.Parameter(torch.zeros(()))
+        self.register_buffer("base", torch.tensor(values.step, dtype=torch.float32), False)
         scale = torch.ones(())
         if values.exponents is not None:
             scale = exponent_scale(values.exponents)
@@ -39,37 +44,44 @@ class HeldGrid(nn.Module):
                 scale = scale.reshape(shape)
             else:
                 scale = scale.reshape(1, *start.shape[1:])
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale, False)
+
+    def step(self) -> torch.Tensor:
+        """Return the grid step."""
+        return self.base * self.log_step.exp()
 
     def levels(self) -> torch.Tensor:
         """Return the tensor in units of its step, before rounding."""
-        return self.latent / (self.log_step.exp() * self.scale)
+        return self.latent / (self.step() * self.scale)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the dense tensor and its levels (straight-through)."""
         z = self.levels()
-        rounded = z + (z.round() - z).detach()
-        return rounded * (self.log_step.exp() * self.scale), z
+        rounded = z + (z.round() - z).detach()  # exact: both sums are, for neighbours
+        dense = rounded * (self.step() * self.scale)
+        return dense.to(self.values.dtype), z
 
     def release(self) -> Values:
-        step = float(self.log_step.detach().exp().to(torch.float32))
         symbols = self.levels().detach().round().to(torch.int32)
         v = self.values
-        return Grid(symbols.cpu(), step, v.exponents, v.axis, v.dtype)
+        return Grid(symbols.cpu(), float(self.step().detach()), v.exponents, v.axis, v.dtype)
 
 
 class HeldCodebook(nn.Module):
     """Shared values: the index is fixed, the centroids are trained (their gradients sum up)."""
 
+    index: torch.Tensor
+    nonzero: torch.Tensor
+
     def __init__(self, values: Codebook) -> None:
         super().__init__()
         self.values = values
-        self.centroids = nn.Parameter(values.centroids.detach().clone())
-        self.register_buffer("index", values.index.long())
-        self.register_buffer("nonzero", (values.centroids != 0).to(torch.float32))
+        self.centroids = nn.Parameter(values.centroids.detach().to(torch.float32).clone())
+        self.register_buffer("index", values.index.long(), False)
+        self.register_buffer("nonzero", (values.centroids != 0).to(torch.float32), False)
 
     def forward(self) -> tuple[torch.Tensor, None]:
-        return (self.centroids * self.nonzero)[self.index], None
+        return (self.centroids * self.nonzero)[self.index].to(self.values.dtype), None
 
     def release(self) -> Values:
         centroids = (self.centroids * self.nonzero).detach().cpu()
@@ -79,17 +91,19 @@ class HeldCodebook(nn.Module):
 class HeldSparse(nn.Module):
     """A pruned tensor: zeros stay zero, the rest is trained."""
 
+    mask: torch.Tensor
+
     def __init__(self, values: Sparse) -> None:
         super().__init__()
-        self.values = values
-        self.latent = nn.Parameter(values.tensor.detach().to(torch.float32).clone())
-        self.register_buffer("mask", (values.tensor != 0).to(torch.float32))
+        self.dtype = values.tensor.dtype
+        self.latent = nn.Parameter(trainable(values.tensor))
+        self.register_buffer("mask", (values.tensor != 0).to(self.latent.dtype), False)
 
     def forward(self) -> tuple[torch.Tensor, None]:
-        return self.latent * self.mask, None
+        return (self.latent * self.mask).to(self.dtype), None
 
     def release(self) -> Values:
-        return Sparse((self.latent * self.mask).detach().cpu().to(self.values.tensor.dtype))
+        return Sparse((self.latent * self.mask).detach().cpu().to(self.dtype))
 
 
 class HeldPlain(nn.Module):
@@ -97,14 +111,20 @@ class HeldPlain(nn.Module):
 
     def __init__(self, values: Plain) -> None:
         super().__init__()
-        self.values = values
-        self.latent = nn.Parameter(values.tensor.detach().to(torch.float32).clone())
+        self.dtype = values.tensor.dtype
+        self.latent = nn.Parameter(trainable(values.tensor))
 
     def forward(self) -> tuple[torch.Tensor, None]:
-        return self.latent, None
+        return self.latent.to(self.dtype), None
 
     def release(self) -> Values:
-        return Plain(self.latent.detach().cpu().to(self.values.tensor.dtype))
+        # A copy: of a float32 tensor, `to` and `cpu` would hand out the parameter itself.
+        return Plain(self.latent.detach().clone().cpu().to(self.dtype))
+
+
+def trainable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy precise enough for small updates: float32, or float64 where it was that."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).clone()
 
 
 Held = HeldGrid | HeldCodebook | HeldSparse | HeldPlain
@@ -126,7 +146,8 @@ class HeldNetwork(nn.Module):
 
     Args:
         module: the edited network; its own parameters are not touched while training.
-        edits: its values edits.
+        edits: its values edits, one per tensor. Buffers, frozen parameters and grids without a
+            step are not held: they stay as the module has them.
         starts: for grids, where the latent values begin, by parameter name (the values the grid was
             made from keep more information than the rounded ones); default: the rounded values.
     """
@@ -148,10 +169,10 @@ class HeldNetwork(nn.Module):
             target = find_tensor(module, edit.path)
             if not isinstance(target, nn.Parameter) or not target.is_floating_point():
                 continue
-            if not target.requires_grad:
+            if not target.requires_grad or not _is_trainable(edit.values):
                 continue
-            dense = edit.values.dense()
-            held.append(hold(edit.values, starts.get(edit.path, dense)).to(target.device))
+            start = starts[edit.path] if edit.path in starts else edit.values.dense()
+            held.append(hold(edit.values, start).to(target.device))
             self.names.append(edit.path)
             self.dtypes.append(target.dtype)
         self.held = nn.ModuleList(held)
@@ -170,3 +191,7 @@ class HeldNetwork(nn.Module):
     def release(self) -> dict[str, Values]:
         """Return the trained values by parameter name."""
         return {name: held.release() for name, held in zip(self.names, self.held, strict=True)}  # type: ignore[operator]
+
+
+def _is_trainable(values: Values) -> bool:
+    return not isinstance(values, Grid) or (math.isfinite(values.step) and values.step > 0)

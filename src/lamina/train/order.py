@@ -10,6 +10,8 @@ import torch
 
 from lamina.data import Data
 
+SEEDS = 1 << 63  # seeds that torch takes
+
 
 def seeded(batches: Iterable[Any], seed: int) -> Iterator[Any]:
     """Yield batches, each drawn from a random state of its own.
@@ -23,16 +25,30 @@ def seeded(batches: Iterable[Any], seed: int) -> Iterator[Any]:
         >>> list(seeded(drawn, 1)) == list(seeded(again, 1))
         True
     """
-    torch.manual_seed(seed)
-    source = iter(batches)
-    for i in itertools.count():
-        if i:
-            torch.manual_seed(seed * 1_000_003 + i)
-        try:
-            batch = next(source)
-        except StopIteration:
-            return
-        yield batch
+    own = getattr(batches, "generator", None)  # a loader's own: it would run on between epochs
+    generator = own if isinstance(own, torch.Generator) else None
+    before = None if generator is None else generator.get_state()
+    try:
+        set_seed(seed)
+        if generator is not None:
+            generator.manual_seed(seed % SEEDS)
+        source = iter(batches)
+        for i in itertools.count():
+            if i:
+                set_seed(seed * 1_000_003 + i)
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            yield batch
+    finally:
+        if generator is not None and before is not None:
+            generator.set_state(before)
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch's global generators; any whole number will do."""
+    torch.manual_seed(seed % SEEDS)
 
 
 def count_batches(loader: Any) -> int:

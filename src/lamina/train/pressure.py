@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,11 @@ def rate_penalty(levels: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     Each level costs `log2(1 + |z| / (b/4 + 1/20))`, where `b` is the mean magnitude expected at its
     place: the product of its row's and its column's mean over the tensor's (both detached). Where a
-    row or a column is nearly dead a non-zero is dear, as it is for a coder with adaptive contexts, so
-    whole rows and columns die out.
+    row or a column is nearly dead a non-zero is dear, as it is for a coder with adaptive contexts,
+    so whole rows and columns die out.
 
-    Reference: Oktay et al. 2019, arXiv:1906.06624 (entropy penalised training); Wiedemann et al. 2019
-    (DeepCABAC). The rank-one expectation is ours.
+    Reference: Oktay et al. 2019, arXiv:1906.06624 (entropy penalised training); Wiedemann et al.
+    2019 (DeepCABAC). The rank-one expectation is ours.
 
     Example:
         >>> float(rate_penalty({"w": torch.zeros(3, 3)}))
@@ -32,6 +32,8 @@ def rate_penalty(levels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     total = torch.zeros(())
     for z in levels.values():
+        if not z.numel():
+            continue
         magnitude = z.abs()
         flat = magnitude.detach().reshape(z.shape[0] if z.dim() > 1 else 1, -1)
         mean = flat.mean()
@@ -43,26 +45,31 @@ def rate_penalty(levels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return total
 
 
-APPROACH = 1.15  # the size wanted half-way, over the limit: annealing shrinks the file by itself
+APPROACH = 1.2  # the size wanted half-way, over the limit: annealing shrinks the file by itself
 HALF, REACHED = 0.5, 0.85  # shares of the training at which APPROACH and the limit are due
+GAIN = 1.5
+RELEASE = 0.1  # the price never falls below this share of where it started
 
 
 @dataclass(frozen=True)
 class Price:
     """The price of a bit, steered so that the size comes down to its limit before training ends.
 
-    The path is geometric from the start to a little over the limit, then straight down to it. A price
-    that overshoots kills weights which do not come back, so it is taken back faster than it is raised.
+    The path is geometric from the start to a little over the limit, then straight down to it. The
+    price has a floor: the learning rate's rise shrinks a file for a while, and a price that had
+    followed it to nothing would come back too late.
 
     Args:
         value: the price now [loss per bit].
         start: size at the beginning [bytes].
         limit: size to end at [bytes].
+        floor: the least price [loss per bit].
     """
 
     value: float
     start: float
     limit: float
+    floor: float = 0.0
 
     def wanted(self, progress: float) -> float:
         """Return the size wanted at `progress` in [0, 1] [bytes]."""
@@ -75,6 +82,11 @@ class Price:
 
     def steer(self, size: float, progress: float) -> Price:
         """Return the price after seeing `size` [bytes] at `progress`."""
-        ratio = max(0.2, min(3.0, size / self.wanted(progress)))
-        gain = 1.0 if ratio > 1 else 2.0
-        return Price(self.value * ratio**gain, self.start, self.limit)
+        ratio = max(0.5, min(3.0, size / self.wanted(progress)))
+        return replace(self, value=max(self.value * ratio**GAIN, self.floor))
+
+
+def first_price(share: float, start: float, limit: float) -> Price:
+    """Return the price to begin with: all bits of the limit together cost `share` of loss."""
+    value = share / (8 * max(limit, 1.0))
+    return Price(value, start, limit, RELEASE * value)
