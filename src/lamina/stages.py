@@ -18,6 +18,7 @@ from lamina.measure.calibrate import calibrate
 from lamina.measure.quality import evaluate, metric_named
 from lamina.measure.stats import Stats
 from lamina.measure.store import dump_stats, parse_stats
+from lamina.methods.base import Candidate
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
@@ -141,23 +142,36 @@ def planned(way: Way, sites: Sites, stats: Stats, candidates: Candidates) -> Pla
     A second-order prediction says nothing about a network that has lost 99 % of its bytes, and from
     such a plan training has no way back. So where rate pressure will follow, the plan is the
     smallest one that is predicted to work (`SLACK_ERROR`), and the pressure walks to the limit.
+    Where bytes are all that is limited such a start holds grids only: what pruning and low rank
+    would save there the pressure finds by itself, and each of them adds to the file's header.
     """
     if way.budget.max_drop is not None:
         return searched(way, sites, stats, candidates)
     if way.budget.size is None or not squeezable(way, candidates):
         return plan(way.network, sites, stats, candidates, way.budget)
     roomy = plan(way.network, sites, stats, candidates, replace(way.budget, size="100%"))
-    working = [b for b, e in roomy.curve if e <= SLACK_ERROR]
-    limit = way.budget.resolve(
-        {"bytes": roomy.original.bits / 8, "macs": roomy.original.macs,
-         "params": roomy.original.params, "seconds": 0.0}
-    )["bytes"]  # fmt: skip
-    size = max(limit, min(working, default=limit) * 1.02)
+    limit = size_limit(way, roomy) or 0.0
+    if limit >= smallest_working(roomy):
+        return plan(way.network, sites, stats, candidates, way.budget)
+    if way.budget.macs is None and way.budget.params is None:
+        candidates = {name: tuple(filter(on_grid, offers)) for name, offers in candidates.items()}
+        roomy = plan(way.network, sites, stats, candidates, replace(way.budget, size="100%"))
+    size = max(limit, 1.02 * smallest_working(roomy))
     try:
         made = plan(way.network, sites, stats, candidates, replace(way.budget, size=size))
     except InfeasibleError:
-        made = plan(way.network, sites, stats, candidates, way.budget)
+        return plan(way.network, sites, stats, candidates, way.budget)
     return replace(made, budget=way.budget.to_json())
+
+
+def smallest_working(roomy: Plan) -> float:
+    """Return the smallest size on a plan's curve that is predicted to work [bytes]."""
+    return min((size for size, error in roomy.curve if error <= SLACK_ERROR), default=0.0)
+
+
+def on_grid(candidate: Candidate) -> bool:
+    """Whether a candidate only puts a layer's values on a grid, which rate pressure can squeeze."""
+    return len(candidate.steps) == 1 and candidate.steps[0].method == "rdoq"
 
 
 def squeezable(way: Way, candidates: Candidates) -> bool:
@@ -165,7 +179,7 @@ def squeezable(way: Way, candidates: Candidates) -> bool:
     trains = way.recovery is not None and way.recovery.rate and way.data is not None
     if not trains or way.data is None or way.data.train is None:
         return False
-    return all(any(c.steps[-1].method == "rdoq" for c in offers) for offers in candidates.values())
+    return all(any(map(on_grid, offers)) for offers in candidates.values())
 
 
 def searched(way: Way, sites: Sites, stats: Stats, candidates: Candidates) -> Plan:

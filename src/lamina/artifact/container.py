@@ -10,6 +10,7 @@ import json
 import math
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +92,7 @@ def pack(
     if structure:
         manifest["edits"] = structure
     if plan:
-        chains = set(plan.values())
-        manifest["plan"] = chains.pop() if len(chains) == 1 else dict(plan)
+        manifest["plan"] = _summary(plan)
     manifest["tensors"] = " ".join(table)
     return seal(manifest, bytes(body))
 
@@ -119,6 +119,13 @@ def _memory(name: str, tensor: torch.Tensor) -> tuple[Any, ...]:
     return (
         tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype,
     )  # fmt: skip
+
+
+def _summary(plan: Mapping[str, str]) -> str | dict[str, str]:
+    """Return the commonest chain for all sites (`"*"`), and the sites that differ."""
+    common, _ = Counter(plan.values()).most_common(1)[0]
+    others = {site: chain for site, chain in plan.items() if chain != common}
+    return {"*": common} | others if others else common
 
 
 def seal(manifest: Mapping[str, Any], body: bytes) -> bytes:
