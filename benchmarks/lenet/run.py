@@ -25,10 +25,10 @@ HERE = Path(__file__).parent
 CASES = {  # name: (network, size, recovery epochs or None, bar on the ratio, bar on the drop)
     "demo": ("lenet-5", "1%", "auto", 100, 0.3),
     "lenet-5 1/400": ("lenet-5", "1/400", 120, 400, 0.3),
-    "lenet-5 1/800": ("lenet-5", "1/800", 200, 800, 0.3),
-    "lenet-300-100 1/120": ("lenet-300-100", "1/120", 150, 120, 0.3),
+    "lenet-5 1/800": ("lenet-5", "1/800", 120, 800, 0.3),
+    "lenet-300-100 1/120": ("lenet-300-100", "1/120", 120, 120, 0.3),
     "lenet-5 post-training 1/16": ("lenet-5", "1/16", None, 16, 0.3),
-    "lenet-5 post-training 1/32": ("lenet-5", "1/32", None, 16, 0.3),
+    "lenet-5 post-training 1/64": ("lenet-5", "1/64", None, 16, 0.3),
 }
 
 

@@ -111,7 +111,8 @@ def compress(
         LaminaError: a subclass says what was wrong with what was given.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> result = compress(net, [torch.randn(64, 8)], "60%", recover=None)
         >>> len(result.file) <= 0.6 * 4 * sum(p.numel() for p in net.parameters())
         True

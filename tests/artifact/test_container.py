@@ -87,7 +87,7 @@ def test_every_tensor_and_edit_comes_back(file):
     net, _ = edited_net()
     package = unpack(file)
     assert package.skeleton == "module"
-    assert package.plan == {"fc": "alds keep", "conv": "magnitude keep"}
+    assert package.plan == {"*": "alds keep", "conv": "magnitude keep"}
     assert [(e.path, e.form, dict(e.settings)) for e in package.edits] == [
         ("fc", "low_rank", {"folds": 2, "rank": 1})
     ]
