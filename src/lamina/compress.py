@@ -112,8 +112,8 @@ def compress(
 
     Example:
         >>> import torch
-        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> result = compress(net, [torch.randn(64, 8)], "60%", recover=None)
+        >>> net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> result = compress(net, [torch.randn(64, 32)], "60%", recover=None)
         >>> len(result.file) <= 0.6 * 4 * sum(p.numel() for p in net.parameters())
         True
     """
