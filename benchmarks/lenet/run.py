@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,9 +56,21 @@ def run(name: str, seed: int) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "not_coded_bytes": len(result.file) - coded,
         "planned_bytes": round(result.plan.predicted.bits / 8),
+        "size_predicted": prediction(result) if recover is None else None,
         "bar": {"ratio": ratio, "drop": drop},
         "met": original / len(result.file) >= ratio and before - after <= drop + 1e-9,
     }
+
+
+def prediction(result: Any) -> dict[str, float]:
+    """How far the plan is off: the file [%], and the worst site beyond 64 bytes + 2 % [bytes]."""
+    facts = result.report.dict()
+    planned, file = facts["size"]["planned"], facts["size"]["file"]
+    worst = max(
+        abs(s["bytes_planned"] - s["bytes_file"]) - 64 - 0.02 * s["bytes_file"]
+        for s in facts["sites"]
+    )
+    return {"off_percent": round(100 * (planned / file - 1), 3), "worst_site_excess": round(worst)}
 
 
 def machine() -> dict[str, object]:

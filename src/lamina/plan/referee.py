@@ -73,6 +73,16 @@ def milp(
             if (again := solve(lower, cover, objective, gap)) is None:
                 break
             choice = again[0]
+        while objective == "sum" and len(choice) and not (filled < 0).any():
+            # Nor can an option be better that alone is worse than a choice in hand: without those
+            # the range of the errors, and with it the solver's tolerance, shrinks.
+            used = np.flatnonzero(choice >= 0)
+            in_hand = float(filled[used, choice[used]].sum())
+            fewer = live & (filled <= in_hand)
+            again = solve(Table(filled, table.cost, table.limit, fewer), cover, objective, gap)
+            if fewer.sum() == live.sum() or again is None or again[1] > in_hand:
+                break
+            live, (choice, bound) = fewer, again
         return allocation(table, choice, np.zeros(len(table.limit)), bound, objective)
     nearest = solve(Table(table.error, table.cost, table.limit, table.live), cover, "excess")
     if nearest is None:

@@ -46,8 +46,9 @@ def rate_penalty(levels: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 APPROACH = 1.2  # the size wanted half-way, over the limit: annealing shrinks the file by itself
+WARM = 0.1  # share of the training in which the learning rate is too small for any size to move
 HALF, REACHED = 0.5, 0.85  # shares of the training at which APPROACH and the limit are due
-GAIN = 1.5
+SLOWEST, FASTEST = 0.5, 1.6  # what one look may do to the price: more, and it overshoots
 RELEASE = 0.1  # the price never falls below this share of where it started
 
 
@@ -55,9 +56,9 @@ RELEASE = 0.1  # the price never falls below this share of where it started
 class Price:
     """The price of a bit, steered so that the size comes down to its limit before training ends.
 
-    The path is geometric from the start to a little over the limit, then straight down to it. The
-    price has a floor: the learning rate's rise shrinks a file for a while, and a price that had
-    followed it to nothing would come back too late.
+    After a warm-up the path is geometric from the start to a little over the limit, then straight
+    down to it. The price has a floor: the learning rate's rise shrinks a file for a while, and a
+    price that had followed it to nothing would come back too late.
 
     Args:
         value: the price now [loss per bit].
@@ -75,15 +76,15 @@ class Price:
         """Return the size wanted at `progress` in [0, 1] [bytes]."""
         above = max(min(APPROACH * self.limit, self.start), self.limit)
         if progress <= HALF:
-            share = progress / HALF
+            share = max(0.0, progress - WARM) / (HALF - WARM)
             return math.exp((1 - share) * math.log(self.start) + share * math.log(above))
         share = min(1.0, (progress - HALF) / (REACHED - HALF))
         return (1 - share) * above + share * self.limit
 
     def steer(self, size: float, progress: float) -> Price:
         """Return the price after seeing `size` [bytes] at `progress`."""
-        ratio = max(0.5, min(3.0, size / self.wanted(progress)))
-        return replace(self, value=max(self.value * ratio**GAIN, self.floor))
+        ratio = max(SLOWEST, min(FASTEST, size / self.wanted(progress)))
+        return replace(self, value=max(self.value * ratio, self.floor))
 
 
 def first_price(share: float, start: float, limit: float) -> Price:
