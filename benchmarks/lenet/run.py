@@ -25,9 +25,9 @@ from lamina.measure.quality import evaluate
 HERE = Path(__file__).parent
 CASES = {  # name: (network, size, recovery epochs or None, bar on the ratio, bar on the drop)
     "demo": ("lenet-5", "1%", "auto", 100, 0.3),
-    "lenet-5 1/400": ("lenet-5", "1/400", 120, 400, 0.3),
-    "lenet-5 1/800": ("lenet-5", "1/800", 120, 800, 0.3),
-    "lenet-300-100 1/120": ("lenet-300-100", "1/120", 120, 120, 0.3),
+    "lenet-5 1/400": ("lenet-5", "1/400", 80, 400, 0.3),
+    "lenet-5 1/800": ("lenet-5", "1/800", 150, 800, 0.3),
+    "lenet-300-100 1/120": ("lenet-300-100", "1/120", 80, 120, 0.3),
     "lenet-5 post-training 1/16": ("lenet-5", "1/16", None, 16, 0.3),
     "lenet-5 post-training 1/64": ("lenet-5", "1/64", None, 16, 0.3),
 }
