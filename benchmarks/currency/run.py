@@ -1,6 +1,6 @@
 """Does the predicted error rank edits as the measured loss does? Trained LeNet-5, single edits.
 
-    python benchmarks/currency/run.py [--seed 0] [--output FILE]
+    python benchmarks/currency/run.py [--seed 0] [--network lenet-5] [--output FILE]
 
 Four kinds of edit (low rank, uniform quantization, magnitude pruning, row removal) of several
 strengths in each of the four layers, one at a time. Each is predicted from statistics of the 1,000
@@ -150,10 +150,14 @@ def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default=str(Path(__file__).with_name("result.json")))
+    parser.add_argument("--network", default="lenet-5")
+    parser.add_argument("--output", default=None)
     options = parser.parse_args()
+    suffix = "" if options.network == "lenet-5" else f"-{options.network}"
+    seed = "" if options.seed == 0 else f"-seed{options.seed}"
+    output = options.output or Path(__file__).with_name(f"result{suffix}{seed}.json")
     torch.set_num_threads(1)
-    network = zoo("lenet-5")
+    network = zoo(options.network)
     sites = layer_sites(network.module)
     start = time.perf_counter()
     plain = calibrate(network, sites, network.data, seed=options.seed, probe=False)
@@ -167,7 +171,7 @@ def main() -> None:
         for site in sites.layers
     }
     result = {
-        "task": "rank correlation of predicted error and measured KL, LeNet-5, single edits",
+        "task": f"rank correlation of predicted error and measured KL, {options.network}, single edits",
         "edits": len(rows),
         "spearman": scores,
         "goal": GOALS,
@@ -192,7 +196,7 @@ def main() -> None:
         },
         "rows": rows,
     }
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    Path(output).write_text(json.dumps(result, indent=1) + "\n")
     print({k: v for k, v in result.items() if k not in ("rows", "versions")})
 
 

@@ -92,7 +92,7 @@ def zoo(name: str) -> Network:
     from lamina.network.source import Network
 
     module = build(name)
-    resource = files(__name__).joinpath("weights", f"{name}.safetensors")
+    resource = files(__name__) / "weights" / f"{name}.safetensors"
     if not resource.is_file():
         raise NetworkError(
             "no trained weights in the zoo",
