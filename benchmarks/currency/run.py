@@ -171,7 +171,7 @@ def main() -> None:
         for site in sites.layers
     }
     result = {
-        "task": f"rank correlation of predicted error and measured KL, {options.network}, single edits",
+        "task": f"rank correlation of predicted and measured KL of single edits, {options.network}",
         "edits": len(rows),
         "spearman": scores,
         "goal": GOALS,

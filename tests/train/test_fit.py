@@ -73,14 +73,14 @@ def test_only_grids_move_and_only_towards_zero(net: HeldNetwork) -> None:
     assert not torch.equal(a.symbols, b.symbols)
 
 
-def test_the_rest_of_a_step_that_moves_is_the_smallest(net: HeldNetwork) -> None:
-    """What is rounded down is what was rounded up by most: a threshold, not a lottery."""
+def test_only_the_smallest_levels_become_zero(net: HeldNetwork) -> None:
+    """A threshold, not a lottery; and what is over it keeps its value."""
     trained = net.release()["0.weight"]
     tight = fit(net, 0.9 * held_bytes(net.release()))["0.weight"]
     held = net.held[0]
     assert isinstance(held, HeldGrid) and isinstance(trained, Grid) and isinstance(tight, Grid)
-    rest = held.levels().detach().abs() + 0.5
-    rest = rest - rest.floor()
+    size = held.levels().detach().abs()
     moved, stayed = trained.symbols != tight.symbols, tight.symbols != 0
     assert moved.any()
-    assert float(rest[moved].max()) <= float(rest[stayed & ~moved].min()) + 1e-6
+    assert not tight.symbols[moved].any()
+    assert float(size[moved].max()) <= float(size[stayed].min()) + 1e-6

@@ -36,10 +36,11 @@ def estimated_bytes(values: Mapping[str, Values]) -> float:
 def fit(net: HeldNetwork, room: float | None) -> dict[str, Values]:
     """Return the trained values, with the least widening of the zero zone that fits `room` bytes.
 
-    Rounding moves from `round(|z|)` to `floor(|z| + 1/2 - t)`; t is bisected over [0, 1/2], and
-    beyond, up to `WIDEST`, only where that is not enough: a poor network that fits is compared with
-    others, one that does not fit is lost. With no limit, or when all fits, the values are exactly
-    those that were trained.
+    Levels with `|z| < 1/2 + t` become zero, the others stay as they are (so that layers on fine
+    grids, whose symbols are large, are hardly touched); t is bisected over [0, 1/2], and beyond, up
+    to `WIDEST`, only where that is not enough: a poor network that fits is compared with others,
+    one that does not fit is lost. With no limit, or when all fits, the values are exactly those
+    that were trained.
     """
     values = net.release()
     if room is None or held_bytes(values) <= room:
@@ -71,6 +72,6 @@ def _narrow(
     for name, z in levels.items():
         held = values[name]
         assert isinstance(held, Grid)
-        symbols = z.sign() * (z.abs() + 0.5 - by).floor().clamp_min(0)
+        symbols = torch.where(z.abs() < 0.5 + by, torch.zeros_like(z), z.round())
         out[name] = replace(held, symbols=symbols.to(torch.int32).cpu())
     return out

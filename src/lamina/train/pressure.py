@@ -49,6 +49,7 @@ APPROACH = 1.2  # the size wanted half-way, over the limit: annealing shrinks th
 WARM = 0.1  # share of the training in which the learning rate is too small for any size to move
 HALF, REACHED = 0.5, 0.85  # shares of the training at which APPROACH and the limit are due
 SLOWEST, FASTEST = 0.5, 1.6  # what one look may do to the price: more, and it overshoots
+FIRM = 3.0
 RELEASE = 0.1  # the price never falls below this share of where it started
 
 
@@ -83,8 +84,11 @@ class Price:
 
     def steer(self, size: float, progress: float) -> Price:
         """Return the price after seeing `size` [bytes] at `progress`."""
-        ratio = max(SLOWEST, min(FASTEST, size / self.wanted(progress)))
-        return replace(self, value=max(self.value * ratio, self.floor))
+        ratio = size / self.wanted(progress)
+        if progress > HALF:  # a slower learning rate takes a firmer hand
+            ratio **= FIRM
+        change = max(SLOWEST, min(FASTEST, ratio))
+        return replace(self, value=max(self.value * change, self.floor))
 
 
 def first_price(share: float, start: float, limit: float) -> Price:

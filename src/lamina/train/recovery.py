@@ -18,7 +18,7 @@ class Recovery:
         lr: peak learning rate of weights (Adam, one cycle); None: the more, the further the size
             has to come down, from 5e-4 (it fits already) to 2e-3 (four times and more). Far walks
             need the noise; short ones are only hurt by it.
-        step_lr: peak learning rate of the logarithms of grid steps; None: `lr`.
+        step_lr: peak learning rate of the logarithms of grid steps; None: 2e-3.
         distill: weight of distillation from the original network, 0..1; the rest is the labels'.
         temperature: of the distillation.
         hidden: weight of matching hidden outputs of the layers both networks have.
@@ -71,7 +71,7 @@ class Recovery:
 
         Example:
             >>> Recovery().rates(1.0)
-            (0.0005, 0.0005)
+            (0.0005, 0.002)
         """
         lr = self.lr if self.lr is not None else min(2e-3, 5e-4 * max(walk, 1.0))
-        return lr, self.step_lr if self.step_lr is not None else lr
+        return lr, self.step_lr if self.step_lr is not None else 2e-3
