@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,12 @@ def run_lamina(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str
 def start_lamina(*words: str | Path, cwd: Path) -> subprocess.Popen[str]:
     """Start the command line and do not wait for it."""
     command = [*COMMAND, *map(str, words)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # Tests that run in the background of a shell inherit that Ctrl-C is ignored: take it back.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
