@@ -58,6 +58,19 @@ def test_training_that_made_it_worse_is_thrown_away(worse):
         assert not stages.keeps_applied(way, plan, before, Recovered(after, (), 0), 1000.0)
 
 
+def test_max_drop_is_met_without_labels_or_refused():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    data = {"calibration": [torch.randn(200, 16)], "validation": [torch.randn(400, 16)]}
+    loose = lamina.compress(net, data, Budget(max_drop=20), recover=None)
+    tight = lamina.compress(net, data, Budget(max_drop=1), recover=None)
+    assert len(loose.file) < len(tight.file)
+    assert tight.report.dict()["quality"]["validation"]["drop"] <= 1
+    with pytest.raises(lamina.errors.InfeasibleError) as refused:
+        lamina.compress(net, data, Budget(max_drop=0.1, size=500), recover=None)
+    assert refused.value.nearest["max_drop"] > 0.1
+
+
 def _broken(module: torch.nn.Module) -> torch.nn.Module:
     import copy
 

@@ -183,24 +183,38 @@ def squeezable(way: Way, candidates: Candidates) -> bool:
 
 
 def searched(way: Way, sites: Sites, stats: Stats, candidates: Candidates) -> Plan:
-    """Find the smallest size whose validation metric drops by at most `max_drop` points."""
+    """Find the smallest size whose validation metric drops by at most `max_drop` points.
+
+    Raises:
+        DataError: there is no validation data.
+        InfeasibleError: the largest plan within the other limits drops by more already.
+    """
     if way.data is None or way.data.validation is None:
         raise DataError("max_drop needs validation data", "data.validation", "", "give some")
-    metric = metric_of(way)
-    before = evaluate(way.network.module, way.data.validation, metric)
+    metric, validation = metric_named(metric_of(way)), way.data.validation
+    before = evaluate(way.network.module, validation, metric, original=way.network)
+    allowed = float(way.budget.max_drop or 0)
     size = way.budget.size if way.budget.size is not None else "100%"
     others = replace(way.budget, max_drop=None, size=size)
+
+    def drop_of(trial: Plan) -> float:
+        model = applied(way, trial, sites, stats).model
+        return metric.drop(before, evaluate(model, validation, metric, original=way.network))
+
     best = plan(way.network, sites, stats, candidates, others)
+    if (drop := drop_of(best)) > allowed:
+        raise InfeasibleError(
+            "no plan fits the budget", way.budget.describe(),
+            f"the best within its other limits loses {drop:.2f} of {metric.name} before training",
+            f"the nearest feasible budget is max_drop={drop:.2f}", {"max_drop": drop},
+        )  # fmt: skip
     sizes = sorted(b for b, _ in best.curve if b <= best.predicted.bits / 8)
     low, high = 0, len(sizes) - 1
     while low < high:  # the metric falls with the size, near enough
         middle = (low + high) // 2
-        trial = plan(
-            way.network, sites, stats, candidates, replace(others, size=sizes[middle] * 1.0001)
-        )
-        edited = applied(way, trial, sites, stats)
-        drop = before - evaluate(edited.model, way.data.validation, metric)
-        if drop <= float(way.budget.max_drop or 0):
+        smaller = replace(others, size=sizes[middle] * 1.0001)
+        trial = plan(way.network, sites, stats, candidates, smaller)
+        if drop_of(trial) <= allowed:
             high, best = middle, trial
         else:
             low = middle + 1

@@ -7,8 +7,8 @@ the same second order form, the Gauss-Newton matrix, which is the Fisher informa
 A network that is sure of everything it was trained on has next to no curvature there: the second
 moment of its gradients is that of the two or three samples it doubts, and a finite change costs a
 hundred times what they foretell. So the outputs of such a network are softened by a temperature
-before they are differentiated and compared. That steadies the statistics (LeNet-5, from seed to
-seed: by 10 % instead of thirtyfold); the probe brings the unit back to nats.
+before they are differentiated and compared. That steadies the statistics from seed to seed; the
+probe brings the unit back to nats.
 """
 
 from __future__ import annotations
