@@ -21,6 +21,7 @@ A new codec is one module with `encode`, `decode` and `length`, and one line in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -29,13 +30,42 @@ from numpy.typing import NDArray
 
 from lamina.codecs import adaptive, rans, raw
 from lamina.codecs.structure import structure_bits
-from lamina.codecs.symbols import Symbols, check_symbols
+from lamina.codecs.symbols import Symbols, check_symbols, count_elements
 from lamina.errors import FileError
 
-__all__ = ["CODECS", "INTEGER", "anchored", "best", "estimate", "get", "length"]
+__all__ = ["CODECS", "INTEGER", "Part", "anchored", "best", "estimate", "get", "length", "parts"]
 
 CODECS: dict[str, ModuleType] = {"raw": raw, "rans": rans, "adaptive": adaptive}
 INTEGER = ("rans", "adaptive")
+
+
+@dataclass(frozen=True)
+class Part:
+    """An independent piece of a coded tensor.
+
+    Args:
+        start, stop: the elements it holds, counted in C order.
+        read: gives them as a flat array of int8, int16 or int32.
+    """
+
+    start: int
+    stop: int
+    read: Callable[[], NDArray[Any]]
+
+
+def parts(name: str, data: bytes, shape: Sequence[int]) -> tuple[Part, ...]:
+    """Return the pieces of a coded tensor, in order; each may be read alone, in any thread.
+
+    Raises:
+        FileError: there is no such codec, or the data is damaged in a way that shows.
+
+    Example:
+        >>> [part.read().tolist() for part in parts("rans", get("rans").encode([7, 7]), (2,))]
+        [[7, 7]]
+    """
+    codec = get(name)
+    size = count_elements(shape)
+    return (Part(0, size, lambda: codec.decode(data, shape).reshape(-1)),)
 
 
 def get(name: str) -> ModuleType:

@@ -42,11 +42,14 @@ class Codebook:
         index: integers of the tensor's shape.
         centroids: `[k]` float32 values.
         dtype: of the dense tensor.
+        code: codec and bytes that a file stores as they are, where the code is the method's own
+            (Huffman, Bloomier); None: whatever codec is shortest.
     """
 
     index: torch.Tensor
     centroids: torch.Tensor
     dtype: torch.dtype = torch.float32
+    code: tuple[str, bytes] | None = None
 
     def dense(self) -> torch.Tensor:
         return self.centroids[self.index.long()].to(self.dtype)
