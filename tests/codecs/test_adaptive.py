@@ -48,7 +48,7 @@ def test_round_trip_on_both_backends(symbols: np.ndarray) -> None:
     assert adaptive.encode(symbols, backend="numpy") == data
     for backend in ("auto", "numpy"):
         back = adaptive.decode(data, symbols.shape, backend=backend)
-        assert back.dtype == np.int32
+        assert back.dtype in (np.int8, np.int16, np.int32)
         np.testing.assert_array_equal(back, symbols)
 
 
