@@ -46,24 +46,34 @@ class BitReader:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.position = 0
+        self.text = ""  # the first bits, as 0 and 1; more are added as they are needed
+
+    def _reach(self, end: int) -> None:
+        if end > 8 * len(self.data):
+            raise FileError("cannot decode a coded tensor", "", "its header ends too early")
+        start = len(self.text) // 8
+        chunk = self.data[start : start + max(128, end // 8 + 1 - start)]
+        self.text += format(int.from_bytes(chunk, "big"), f"0{8 * len(chunk)}b")
 
     def take(self, width: int) -> int:
         """Read `width` bits as an unsigned number."""
         start, end = self.position, self.position + width
-        if end > 8 * len(self.data):
-            raise FileError("cannot decode a coded tensor", "", "its header ends too early")
+        if end > len(self.text):
+            self._reach(end)
         self.position = end
-        chunk = int.from_bytes(self.data[start // 8 : -(-end // 8)], "big")
-        return (chunk >> (-end % 8)) & ((1 << width) - 1)
+        return int(self.text[start:end] or "0", 2)
 
     def golomb(self, order: int) -> int:
         """Read one exp-Golomb number."""
-        zeros = 0
-        while not self.take(1):
-            zeros += 1
-            if zeros > 34:  # no writer codes more than 34 bits; a run of zeros must not grow memory
-                raise FileError("cannot decode a coded tensor", "", "a header number is too long")
-        head = (1 << zeros) | self.take(zeros)
+        # no writer codes more than 34 zeros; a longer run must not cost time or memory
+        if self.position + 80 > len(self.text) < 8 * len(self.data):
+            self._reach(min(self.position + 80, 8 * len(self.data)))
+        one = self.text.find("1", self.position, self.position + 35)
+        if one < 0:
+            raise FileError("cannot decode a coded tensor", "", "a header number is too long")
+        zeros = one - self.position
+        self.position = one
+        head = self.take(zeros + 1)
         return ((head - 1) << order) | self.take(order)
 
     def rest(self) -> bytes:

@@ -148,16 +148,15 @@ def push(
             place = fast(index, *tables, states, words)
         else:
             line, state = [0] * room, [first]
-            place = push_lanes(index.tolist(), *(t.tolist() for t in tables), state, line)
+            lists: Any = (t.tolist() for t in tables)
+            place = push_lanes(index.tolist(), *lists, state, line)
             words, states = np.array(line, dtype=np.uint16), np.array(state)
         if place >= 0:
             return words[place:], states
         room = index.size  # never more than one word a symbol
 
 
-def _push_rows(
-    index: NDArray[Any], look: Lookup, lanes: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _push_rows(index: NDArray[Any], look: Lookup, lanes: int) -> tuple[NDArray[Any], NDArray[Any]]:
     one = len(look.ends) == 1
     where = index if one else index + spread(look.first, look.ends)
     bits = look.bits[0] if one else spread(look.bits, look.ends)
@@ -197,9 +196,7 @@ def pull(
     Raises:
         FileError: the words do not end where the symbols do.
     """
-    # which slots are whose: a table's entries take their frequencies, one after the other
-    packed = (np.repeat(look.freq << 16, look.freq) + _offsets(look)).astype(np.uint32)
-    by_slot = np.repeat(entry, look.freq)
+    packed, by_slot = fill_all(look.freq, entry, backend)
     size = int(look.ends[-1]) if len(look.ends) else 0
     fast = compiled(pull_lanes, backend)
     if fast is None and len(states) > 1:
@@ -211,19 +208,48 @@ def pull(
         if fast is not None:
             read = fast(*arrays, look.ends, np.uint32(16), np.uint32(65535), out)
         else:  # views, whose items are plain integers
-            views = (memoryview(np.ascontiguousarray(array)) for array in (*arrays, look.ends))
-            read = pull_lanes(*views, 16, 65535, memoryview(out))
-    first = 0 if len(states) == 1 else 1 << 16
-    if read != len(words) - len(states) or (states != first).any():  # a free check: damage rarely ends here
-        raise FileError(
-            "cannot decode a tensor", "", "the coded symbols do not end where they should"
-        )
+            views: Any = (plain_view(array) for array in (*arrays, look.ends))
+            read = pull_lanes(*views, 16, 65535, plain_view(out))
+    check_end(int(read), words, states)
     return out
 
 
-def _offsets(look: Lookup) -> Ints:
-    """Return each slot's place within its entry [slots]."""
-    return np.arange(int(look.freq.sum())) - np.repeat(np.cumsum(look.freq) - look.freq, look.freq)
+def check_end(read: int, words: NDArray[Any], states: NDArray[Any]) -> None:
+    """Check that decoding ended where coding began: a free check, for damage rarely ends there.
+
+    Raises:
+        FileError: it did not.
+    """
+    first = 0 if len(states) == 1 else 1 << 16
+    if read != len(words) - len(states) or (states != first).any():
+        raise FileError(
+            "cannot decode a tensor", "", "the coded symbols do not end where they should"
+        )
+
+
+def fill_slots(freq: Any, entry: Any, packed: Any, by_slot: Any) -> None:
+    """Kernel: give each entry as many slots, one after the other, as its frequency says."""
+    at = 0
+    for i in range(len(freq)):
+        f = freq[i]
+        for k in range(f):
+            packed[at] = (f << 16) + k
+            by_slot[at] = entry[i]
+            at += 1
+
+
+def fill_all(
+    freq: Ints, entry: NDArray[Any], backend: str
+) -> tuple[NDArray[np.uint32], NDArray[Any]]:
+    """Return, for each slot, frequency << 16 | place within its entry, and the entry's symbol."""
+    total = int(freq.sum())
+    fast = compiled(fill_slots, backend)
+    if fast is None:
+        offsets = np.arange(total) - np.repeat(np.cumsum(freq) - freq, freq)
+        return (np.repeat(freq << 16, freq) + offsets).astype(np.uint32), np.repeat(entry, freq)
+    packed, by_slot = np.empty(total, dtype=np.uint32), np.empty(total, dtype=entry.dtype)
+    fast(freq, entry, packed, by_slot)
+    return packed, by_slot
 
 
 def _pull_rows(
@@ -288,6 +314,12 @@ def split(rest: bytes, lanes: int) -> tuple[NDArray[Any], NDArray[Any]]:
     words = np.zeros(count + lanes, dtype=np.uint16)
     words[:count] = np.frombuffer(rest, "<u2", count, at)
     return words, states
+
+
+def plain_view(array: Any) -> Any:
+    """Return a view whose items are plain integers, and whose slices are views too."""
+    whole: Any = np.ascontiguousarray(array)
+    return memoryview(whole)
 
 
 def narrow(values: Ints) -> NDArray[Any]:
