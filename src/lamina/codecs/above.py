@@ -60,7 +60,8 @@ def pull_above(
             e = packed[slot]
             value = entry[slot]
             out[at] = value
-            here[j + 1] = min(abs(value), 5)
+            here[j + 1] = value  # 64 bits: in 8, the magnitude of -128 would be -128
+            here[j + 1] = min(abs(here[j + 1]), 5)
             x = (e >> half) * (x >> shift) + (e & low)
             if x <= low and (lanes > 1 or place < limit):
                 x = (x << half) | words[place]
@@ -104,8 +105,8 @@ def pull_rows_above(
             *arrays, np.uint32(precision), LEVELS, *room, np.uint32(16), np.uint32(65535), out
         )
     else:
-        views: Any = [plain_view(array) for array in arrays]
-        wide: Any = [plain_view(array) for array in (LEVELS, *room)]
-        read = pull_above(*views, precision, *wide, 16, 65535, plain_view(out))
+        views = [plain_view(array) for array in arrays]
+        wide = [plain_view(array) for array in (LEVELS, *room)]
+        read = pull_above(*[*views, precision, *wide, 16, 65535, plain_view(out)])
     check_end(int(read), words, states)
     return out

@@ -71,10 +71,11 @@ class BitReader:
         one = self.text.find("1", self.position, self.position + 35)
         if one < 0:
             raise FileError("cannot decode a coded tensor", "", "a header number is too long")
-        zeros = one - self.position
-        self.position = one
-        head = self.take(zeros + 1)
-        return ((head - 1) << order) | self.take(order)
+        end = 2 * one - self.position + 1 + order
+        if end > len(self.text):
+            self._reach(end)
+        self.position = end
+        return int(self.text[one:end], 2) - (1 << order)
 
     def rest(self) -> bytes:
         """Return the bytes after the last bit read, from the next whole byte on."""

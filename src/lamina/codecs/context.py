@@ -53,6 +53,7 @@ ROWS, GAPS, ABOVE = 0, 1, 2
 PRECISIONS = (11, 12, 13, 14)
 MOST_VALUES = 512  # distinct values; a tensor with more is left to rans
 CLASSES = (2, 4, 8)
+MOST_COUNTS = 1 << 24  # in the histograms of rows; a longer side is not split into classes
 LEAST = 4096  # symbols; below, tables and classes cost more than they save
 SMALLEST_ABOVE = 1024  # symbols
 SPARSE = 0.3  # density up to which gaps are considered
@@ -165,8 +166,9 @@ def decode(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> NDArr
         lengths = np.tile(np.arange(weights.shape[1]), most)
         entry = narrow(np.concatenate([lengths, np.tile(values, most)]))
         flat = pull(*split(reader.rest(), lanes), look, entry, backend)
-        fillers = fillers_of(weights).tolist()
-        out = expand(flat, counts, fillers, classes, cols, narrow(values).dtype, backend)
+        out = expand(
+            flat, counts, fillers_of(weights), classes, cols, narrow(values).dtype, backend
+        )
     return np.ascontiguousarray(out.T if across else out).reshape(tuple(shape))
 
 
@@ -193,9 +195,11 @@ def choose(grid: Symbols) -> tuple[Layout, float]:
     best: tuple[float, Layout] | None = None
     for across in (False, True):
         turned = grid.T if across else grid
+        if len(turned) * count > MOST_COUNTS and len(turned) > min(grid.shape):
+            continue
         counts = histograms(turned, low, count)
         for most in (1, *CLASSES):
-            if most > 1 and (len(counts) < 4 * most or (most == 1 and across)):
+            if most > 1 and len(counts) < 4 * most:
                 continue
             ids, bits = cluster(counts, most)
             layout = Layout(ROWS, across, ids, low, count)

@@ -10,7 +10,6 @@ filler F, stands for F zeros and no value after them; F is the first whose chanc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,37 +130,41 @@ def gap_stream(grid: Symbols, classes: Ints) -> Stream:
     )
 
 
-def put(
-    stream: Any, start: Any, entries: Any, values: Any, filler: Any, order: Any, cols: Any, out: Any
-) -> Any:
-    """Kernel: write a class's values where its gaps say; return whether they fit its rows."""
-    gaps = stream[start : start + entries]
-    found = stream[start + entries : start + entries + values]
-    row, rows, col, v = 0, len(order), 0, 0
-    here = out[order[0] * cols : order[0] * cols + cols] if rows else out[:0]
-    for i in range(entries):
-        gap = gaps[i]
-        col += gap
-        if gap == filler:
-            continue
-        if col >= cols:
-            row += col // cols
-            col %= cols
-            if row >= rows:
+def put(stream: Any, counts: Any, fillers: Any, order: Any, ends: Any, cols: Any, out: Any) -> Any:
+    """Kernel: write values where gaps say; return whether they fit the rows."""
+    start = 0
+    for k in range(len(fillers)):
+        entries, values, filler = counts[k, 0], counts[k, 1], fillers[k]
+        gaps = stream[start : start + entries]
+        found = stream[start + entries : start + entries + values]
+        start += entries + values
+        row, rows, col, v = ends[k - 1] if k else 0, ends[k], 0, 0
+        here = out[order[row] * cols : order[row] * cols + cols] if row < rows else out[:0]
+        for i in range(entries):
+            gap = gaps[i]
+            col += gap
+            if gap == filler:
+                continue
+            if col >= cols:
+                row += col // cols
+                col %= cols
+                if row >= rows:
+                    return 0
+                here = out[order[row] * cols : order[row] * cols + cols]
+            if v >= values or row >= rows:
                 return 0
-            here = out[order[row] * cols : order[row] * cols + cols]
-        if v >= values or row >= rows:
+            here[col] = found[v]
+            v += 1
+            col += 1
+        if v != values:
             return 0
-        here[col] = found[v]
-        v += 1
-        col += 1
-    return v == values
+    return 1
 
 
 def expand(
     stream: NDArray[Any],
     counts: Ints,
-    fillers: Sequence[int],
+    fillers: Ints,
     classes: Ints,
     cols: int,
     dtype: DTypeLike,
@@ -183,16 +186,17 @@ def expand(
     out = np.zeros(len(classes) * cols, dtype=dtype)
     order = np.argsort(classes, kind="stable")
     ends = np.cumsum(np.bincount(classes, minlength=len(counts)))
-    fast, start = compiled(put, backend), 0
-    for k, (entries, values) in enumerate(counts.tolist()):
-        rows = order[ends[k - 1] if k else 0 : ends[k]]
-        if fast is not None:
-            fits = bool(fast(stream, start, entries, values, fillers[k], rows, cols, out))
-        else:
-            fits = _put_all(stream[start:], entries, values, fillers[k], rows, cols, out)
-        if not fits:
-            raise FileError("cannot decode a tensor", "", "its gaps and values do not fit together")
-        start += entries + values
+    fast = compiled(put, backend)
+    if fast is not None:
+        fits = bool(fast(stream, counts, fillers, order, ends, cols, out))
+    else:
+        fits, start = True, 0
+        for k, (entries, values) in enumerate(counts.tolist()):
+            rows = order[ends[k - 1] if k else 0 : ends[k]]
+            fits &= _put_all(stream[start:], entries, values, int(fillers[k]), rows, cols, out)
+            start += entries + values
+    if not fits:
+        raise FileError("cannot decode a tensor", "", "its gaps and values do not fit together")
     return out.reshape(len(classes), cols)
 
 

@@ -148,8 +148,8 @@ def push(
             place = fast(index, *tables, states, words)
         else:
             line, state = [0] * room, [first]
-            lists: Any = (t.tolist() for t in tables)
-            place = push_lanes(index.tolist(), *lists, state, line)
+            lists = [t.tolist() for t in (index, *tables)]
+            place = push_lanes(*[*lists, state, line])
             words, states = np.array(line, dtype=np.uint16), np.array(state)
         if place >= 0:
             return words[place:], states
@@ -208,8 +208,8 @@ def pull(
         if fast is not None:
             read = fast(*arrays, look.ends, np.uint32(16), np.uint32(65535), out)
         else:  # views, whose items are plain integers
-            views: Any = (plain_view(array) for array in (*arrays, look.ends))
-            read = pull_lanes(*views, 16, 65535, plain_view(out))
+            views = [plain_view(array) for array in (*arrays, look.ends)]
+            read = pull_lanes(*[*views, 16, 65535, plain_view(out)])
     check_end(int(read), words, states)
     return out
 
