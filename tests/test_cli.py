@@ -87,8 +87,42 @@ def test_inspect_shows_a_files_ledger_without_building_the_network(
     assert lamina(place / "alone", monkeypatch, "inspect", "x.lamina") == 0
     out = capsys.readouterr().out
     size = (place / "alone" / "x.lamina").stat().st_size
-    assert re.search(rf"total +{size:,}\n", out)
+    assert re.search(rf"total +{size:,} +[\d.]+ +100.0%\n", out)
     assert "python:net.py:build" in out
+    head = ["tensor", "shape", "form", "codec", "bytes", "bits/weight", "share"]
+    assert out.splitlines()[0].split() == head
+
+
+def test_inspect_tells_of_every_tensor_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every number is in the line of its tensor; they add up to the file; nothing is decoded."""
+    from lamina.artifact import pack, streams
+    from lamina.forms import Edit, Grid
+
+    net = torch.nn.Module()
+    net.register_buffer("grid", torch.zeros(40, 50))
+    net.register_buffer("scalar", torch.tensor(2, dtype=torch.int64))
+    net.register_buffer("none", torch.zeros(0, 3))
+    grid = Grid(torch.arange(2000).reshape(40, 50) % 7 - 3, 0.5)
+    path = tmp_path / "x.lamina"
+    path.write_bytes(pack(net, (Edit("grid", "values", values=grid),), "module", {}))
+    monkeypatch.setattr(streams, "fill", None)
+    monkeypatch.setattr(streams, "decode", None)
+    assert lamina(tmp_path, monkeypatch, "inspect", "x.lamina") == 0
+    table, _ = capsys.readouterr().out.split("\n\n")
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+    assert list(rows) == ["header", "checksum", "grid", "scalar", "none", "total"]
+    shape, form, codec, taken, bits, share = rows["grid"]
+    assert (shape, form) == ("40x50", "grid") and codec in ("rans", "adaptive", "context")
+    assert float(bits) == pytest.approx(8 * int(taken) / 2000, abs=1e-3)
+    size = path.stat().st_size
+    assert share == f"{100 * int(taken) / size:.1f}%"
+    assert rows["scalar"][:2] == ["scalar", "plain"] and rows["none"][0] == "0x3"
+    assert rows["total"] == [f"{size}", f"{8 * size / 2001:.3f}", "100.0%"]
+    sizes = [int(rows[part][0]) for part in ("header", "checksum")]
+    sizes += [int(rows[part][3]) for part in ("grid", "scalar", "none")]
+    assert sum(sizes) == size
 
 
 def test_evaluate_a_file_of_ones_own_network(
@@ -144,8 +178,10 @@ def test_decompress_and_export_write_the_dense_tensors(
     export = ("export", "run/net.lamina", "--to", "safetensors", "-o", "e.safetensors")
     assert lamina(place, monkeypatch, *export) == 0
     state = load(place / "run" / "net.lamina", skeleton=build(place)).state_dict()
-    for name in ("d.safetensors", "e.safetensors"):
-        found = load_file(place / name)
+    assert lamina(place, monkeypatch, "decompress", "run/net.lamina", "-o", "d.pt") == 0
+    for name in ("d.safetensors", "e.safetensors", "d.pt"):
+        path = place / name
+        found = torch.load(path, weights_only=True) if name == "d.pt" else load_file(path)
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key], state[key]) for key in state)
 
@@ -215,6 +251,10 @@ def help_page(capsys: pytest.CaptureFixture[str]) -> str:
         (["methods", "nix"], "unknown method"),
         (["export", "x.lamina", "--to", "onnx", "-o", "x.onnx"], "comes with a later version"),
         (["report", "nowhere"], "nowhere"),
+        (["decompress", "x.lamina"], "Missing option '-o'"),
+        (["decompress", "x.lamina", "-o", "x.npz"], "end in .safetensors or .pt"),
+        (["decompress", "x.lamina", "-o", "x.pt"], "cannot read the file at x.lamina"),
+        (["decompress", "x.lamina", "-o", "."], "it is a folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 from tests.own import ENVIRONMENT
 
 from lamina.errors import BusyError, RunError
-from lamina.run import MARK, RunFolder, key_of, open_run, write_atomic
+from lamina.run import MARK, PART, RunFolder, key_of, open_run, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -77,6 +80,99 @@ write_atomic(path, b"x" * 1_000_000)
     assert "RunError: cannot write" in done.stderr, done.stderr
     assert (tmp_path / "file").read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_function_may_write_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, lambda file: (file.write(b"one"), file.write(b"two")))
+    assert path.read_bytes() == b"onetwo"
+
+    def stop(file: IO[bytes]) -> None:
+        file.write(b"x" * 100_000)
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_atomic(path, stop)
+    assert path.read_bytes() == b"onetwo"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not synced there")
+def test_file_and_folder_are_synced_in_this_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name must not reach the disk before the bytes, and both before the call returns."""
+    seen = []
+    fsync, replace = os.fsync, os.replace
+
+    def sync(handle: int) -> None:
+        seen.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append("rename"), replace(a, b)))
+    write_atomic(tmp_path / "file", b"new")
+    assert seen == ["file", "rename", "folder"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+@pytest.mark.parametrize("moment", ["written", "synced"])
+def test_a_killed_write_leaves_the_old_file_whole(tmp_path: Path, moment: str) -> None:
+    """Killed with half the bytes out, and between the last sync and the rename."""
+    (tmp_path / "file").write_bytes(b"old")
+    code = f"""
+import os, signal
+from pathlib import Path
+from lamina import run
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(file):
+    file.write(b"x" * 500_000)
+    file.flush()
+    kill()
+
+if {moment == "synced"}:
+    os.replace = kill
+run.write_atomic(Path({str(tmp_path / "file")!r}), half if {moment == "written"} else b"new")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "file").read_bytes() == b"old"
+    left = [name for name in names(tmp_path) if name != "file"]
+    assert all(name.startswith(".file.") and name.endswith(PART) for name in left)
+    write_atomic(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit to set")
+@pytest.mark.parametrize("name", ["net.lamina", "out.safetensors", "out.pt"])
+def test_every_file_of_the_user_survives_a_full_disk(tmp_path: Path, name: str) -> None:
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+import lamina
+from lamina import artifact
+folder, name = Path({str(tmp_path)!r}), {name!r}
+lamina.save(nn.Linear(3, 2), folder / "small.lamina")
+lamina.save(nn.Linear(300, 300), folder / "large.lamina")
+(folder / name).write_bytes(b"old")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+if name == "net.lamina":
+    lamina.save(nn.Linear(300, 300), folder / name)
+else:
+    artifact.decompress(folder / "large.lamina", folder / name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert "RunError: cannot write" in done.stderr, done.stderr
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert names(tmp_path) == sorted(["large.lamina", name, "small.lamina"])
 
 
 def test_write_atomic_into_a_file_as_folder(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lamina.cli_options import (
     Document,
     File,
     Latency,
+    Lossless,
     Macs,
     MaxDrop,
     Methods,
@@ -29,6 +30,7 @@ from lamina.cli_options import (
     Model,
     Out,
     Params,
+    Recipe,
     Recover,
     RunPath,
     Samples,
@@ -37,10 +39,11 @@ from lamina.cli_options import (
     Skeleton,
     read_budget,
     read_epochs,
+    read_limits,
     read_metric,
     read_names,
 )  # fmt: skip
-from lamina.errors import DataError, FileError, RunError
+from lamina.errors import DataError, FileError
 
 if TYPE_CHECKING:
     from lamina.run import RunFolder
@@ -117,13 +120,15 @@ def inspect(
         "compress lenet-5 --data mnist-10k --size 1%",
         "compress net.py:build --data net.py:loaders --size 20x --max-drop 0.5 -o runs/mine",
         "compress lenet-5 --size 4x                    (data-free, never trains)",
+        "compress lenet-5 --data mnist-10k --recipe deep-compression",
     )
 )
 def compress(
     model: Model, data: DataName = None, size: Size = None, macs: Macs = None,
     params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
     recover: Recover = "auto", methods: Methods = None, metric: MetricName = None,
-    samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, out: RunPath = None,
+    samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, recipe: Recipe = None,
+    lossless: Lossless = False, out: RunPath = None,
 ) -> None:  # fmt: skip
     """Go the whole way, from a network to a small file.
 
@@ -133,12 +138,14 @@ def compress(
     report.html / .md / .json. Without -o it is runs/MODEL-SIZE. The same command continues a run
     that was stopped; another budget in the same folder uses what was measured again.
     """
-    budget = read_budget(size, macs, params, latency, max_drop)
-    folder = out or Path("runs") / show.slug(model, budget.to_json())
+    budget = read_limits(size, macs, params, latency, max_drop, needed=not (recipe or lossless))
+    kind = {"recipe": recipe} if recipe else {"lossless": ""} if lossless else {}
+    folder = out or Path("runs") / show.slug(model, kind | (budget.to_json() if budget else {}))
     with _run(folder) as run:
         _carry_out(
             run, model, data, skeleton, budget, recover=read_epochs(recover),
             methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
+            recipe=recipe, lossless=lossless,
         )  # fmt: skip
 
 
@@ -268,16 +275,22 @@ def export(
             "cannot export", f"--to {to}", "this format comes with a later version",
             "use --to safetensors, or lamina.load() and torch.onnx.export",
         )  # fmt: skip
-    _write_dense(file, out)
+    _decompress(file, out, "safetensors")
 
 
-@app.command(epilog=_examples("decompress net.lamina -o net.safetensors"))
+@app.command(
+    epilog=_examples(
+        "decompress net.lamina -o net.safetensors",
+        "decompress net.lamina -o net.pt               (a state dict of torch)",
+    )
+)
 def decompress(file: File, out: Out) -> None:
     """Write the dense tensors of a .lamina file.
 
-    As safetensors, under the names of the compressed network; needs no skeleton.
+    As safetensors, or as a state dict (.pt, .pth). The names are those of the compressed network:
+    of a layer that became two, the names of both. Tied tensors are written once. Needs no skeleton.
     """
-    _write_dense(file, out)
+    _decompress(file, out)
 
 
 @app.command(epilog=_examples("bench net.lamina", "bench net.lamina --against lenet-5"))
@@ -376,17 +389,10 @@ def _open(
     return network, as_data(network.data) if own_data and loaders is None else loaders
 
 
-def _write_dense(file: Path, out: Path) -> None:
-    from safetensors.torch import save
-
+def _decompress(file: Path, out: Path, to: str = "") -> None:
     from lamina import artifact
-    from lamina.run import write_atomic
 
-    if out.is_dir():
-        raise RunError("cannot write", str(out), "it is a folder", "give -o a file name")
-    state = {name: t.contiguous() for name, t in artifact.read(file).state().items()}
-    write_atomic(out, save(state))
-    show.say(f"{len(state)} tensors: {out}")
+    show.show_written(artifact.decompress(file, out, to), out)
 
 
 if __name__ == "__main__":

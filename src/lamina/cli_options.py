@@ -30,6 +30,13 @@ Recover = Annotated[str, typer.Option(help="Train afterwards: auto, none, or a n
 Methods = Annotated[
     str | None, typer.Option(help="Choose among these only, e.g. alds,rdoq; default: all.")
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="Follow a paper as a whole: deep-compression or weightless. It trains."),
+]
+Lossless = Annotated[
+    bool, typer.Option("--lossless", help="Change nothing: every tensor bit for bit, smaller.")
+]
 MetricName = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +65,11 @@ def read_budget(
     from lamina.plan import Budget
 
     return Budget(size=size, macs=macs, params=params, latency=latency, max_drop=max_drop)
+
+
+def read_limits(*limits: str | None, needed: bool = True) -> Budget | None:
+    """Return the budget, or None where none was given and none is needed."""
+    return read_budget(*limits) if needed or any(x is not None for x in limits) else None
 
 
 def read_epochs(text: str) -> Any:

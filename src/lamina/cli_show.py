@@ -160,23 +160,34 @@ def hints(site: Site, weight: Tensor) -> tuple[str, str]:
 
 
 def show_package(path: str, package: Package) -> None:
-    """Print what a `.lamina` file holds, without building its network."""
+    """Print what a `.lamina` file holds and what each part takes, without building its network."""
     rows = []
     for part, size in package.ledger.items():
-        values = package.tensors.get(part)
-        form = type(values).__name__.lower() if values is not None else ""
-        shape = "x".join(map(str, values.dense().shape)) or "scalar" if values is not None else ""
-        rows.append([part, form, shape, f"{size:,}"])
-    total = sum(package.ledger.values())
-    print_table(
-        ["part", "form", "shape", "bytes"], [*rows, ["total", "", "", f"{total:,}"]], left=3
-    )
+        record = package.records.get(part)
+        row = ["", "", "", f"{size:,}", "", f"{100 * size / package.size:.1f}%"]
+        if record is not None:
+            row[:3] = ["x".join(map(str, record.shape)) or "scalar", record.form, record.codec]
+            row[4] = f"{8 * size / record.elements:.3f}" if record.elements else ""
+        rows.append([part, *row])
+    weights = sum(record.elements for record in package.records.values())
+    bits = f"{8 * package.size / weights:.3f}" if weights else ""
+    total = ["total", "", "", "", f"{package.size:,}", bits, "100.0%"]
+    head = ["tensor", "shape", "form", "codec", "bytes", "bits/weight", "share"]
+    print_table(head, [*rows, total], left=4)
     say(f"\n{path}: skeleton {package.skeleton}, written by lamina {package.by}")
     for edit in package.edits:
         inside = ", ".join(f"{k}={v}" for k, v in edit.settings.items())
         say(f"edit: {edit.path} -> {edit.form}({inside})")
     for site, chain in package.plan.items():
         say(f"plan: {site}: {chain}")
+
+
+def show_written(package: Package, out: Path) -> None:
+    """Say what was written dense, and under which names where the network's layers have changed."""
+    say(f"{len(package.records)} tensors: {out}")
+    for edit in package.edits:
+        names = [name for name in package.records if name.startswith(f"{edit.path}.")]
+        say(f"{edit.path} became {edit.form}: {', '.join(names)}")
 
 
 def show_methods() -> None:

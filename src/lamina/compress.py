@@ -14,13 +14,17 @@ from lamina.data import as_data
 from lamina.data import load as load_data
 from lamina.errors import BudgetError, DataError, InfeasibleError
 from lamina.measure.quality import metric_named
+from lamina.measure.stats import Stats
 from lamina.network.discover import discover
 from lamina.network.load import check_network
+from lamina.network.sites import Sites
 from lamina.opening import load, open_model, save
 from lamina.plan import Budget, Plan
 from lamina.plan.apply import check_fits
 from lamina.plan.chains import choose_methods
 from lamina.plan.decide import check_limits
+from lamina.plan.lossless import keep_all
+from lamina.recipes import Followed, check_data, recipe_named
 from lamina.report import Report, collect
 from lamina.run import RunFolder, write_atomic
 from lamina.stages import (
@@ -86,6 +90,8 @@ def compress(
     samples: int = 1000,
     seed: int = 0,
     plan: Plan | None = None,
+    recipe: Any = None,
+    lossless: bool = False,
     run: RunFolder | None = None,
     watch: Watch | None = None,
 ) -> Result:
@@ -104,6 +110,10 @@ def compress(
         samples: of the calibration data.
         seed: of everything random.
         plan: a plan to carry out instead of making one.
+        recipe: a published way to follow as a whole instead: `"deep-compression"`, `"weightless"`,
+            or its settings (`lamina.recipes`). It trains; a budget is only checked at the end.
+        lossless: keep every tensor bit for bit; the file is only coded smaller. Needs no budget; a
+            size is checked at the end, and nothing else can be asked for.
         run: an open run folder to keep stage outputs in, and to continue from.
         watch: called with (stage, done, total, text).
 
@@ -117,7 +127,15 @@ def compress(
         >>> len(result.file) <= 0.6 * 4 * sum(p.numel() for p in net.parameters())
         True
     """
-    way = _begin(model, data, budget, example_inputs, methods, recover, metric, samples, seed, plan)
+    if lossless:
+        _check_lossless(budget, methods=methods, recover=recover, plan=plan, recipe=recipe)
+        given = "100%" if budget is None else budget
+        way = _begin(model, data, given, example_inputs, None, None, metric, samples, seed, None)
+        way.folder, way.watch = run, watch
+        return _kept(way, budget is not None)
+    follows = recipe_named(recipe, recover=recover, methods=methods, plan=plan)
+    given = "100%" if follows and budget is None else budget
+    way = _begin(model, data, given, example_inputs, methods, recover, metric, samples, seed, plan)
     way.folder, way.watch = run, watch
     with way.timed("discover"):
         check_network(way.network)
@@ -125,7 +143,12 @@ def compress(
         if plan is not None:
             check_fits(plan, way.network, sites)
         check_metric(way)
+        if follows:
+            check_data(way.data, follows.name)
     stats = measured(way, sites)
+    if follows:
+        followed = follows.follow(way, sites, stats)
+        return _settled(way, sites, stats, followed, budget is not None)
     candidates = offered(way, sites, stats) if plan is None else {}
     with way.timed("plan"):
         chosen = plan or planned(way, sites, stats, candidates)
@@ -163,6 +186,84 @@ def compress(
             f"the nearest feasible budget is size={len(file)}", nearest,
         )  # fmt: skip
     if way.folder:  # last, and only where it keeps to the budget
+        way.folder.write(way.folder.path / "net.lamina", file)
+    return Result(final.model, chosen, made, file)
+
+
+def _settled(way: Way, sites: Sites, stats: Stats, followed: Followed, limited: bool) -> Result:
+    """Pack and report what came of a recipe, and check it against the budget, if one was given."""
+    chosen, final = followed.plan, followed.final
+    limit = size_limit(way, chosen) if limited else None
+    with way.timed("pack"):
+        file = packed(final, chosen)
+        package = artifact.unpack(file)
+    with way.timed("report"):
+        facts = collect(
+            way.network, way.data, sites, chosen, applied(way, chosen, sites, stats), final,
+            package, len(file), metric=metric_of(way), samples=stats.samples, seed=way.seed,
+            limit=limit, history=followed.history, recovery=followed.settings,
+        )  # fmt: skip
+    budget: Any = (
+        facts["budget"] if limited else {"text": "none: a recipe", "limits": {}, "met": {}}
+    )
+    notes = [*facts["notes"], *followed.notes, *way.notes]
+    made = Report({**facts, "budget": budget, "notes": notes, "stages": way.stages})
+    if way.folder:
+        chosen.save(way.folder.path / "plan.json")
+        made.save(way.folder.path)
+    missed = [name for name, met in budget["met"].items() if met is False]
+    if missed:
+        raise InfeasibleError(
+            "the recipe ends beyond the budget", way.budget.describe(),
+            f"the file takes {len(file)} bytes, and the limits on {', '.join(missed)} are not met",
+            "give a roomier budget, or the recipe's settings", {"bytes": float(len(file))},
+        )  # fmt: skip
+    if way.folder:
+        way.folder.write(way.folder.path / "net.lamina", file)
+    return Result(final.model, chosen, made, file)
+
+
+def _check_lossless(budget: Any, **others: Any) -> None:
+    """Refuse what would change the network, or could not be kept to without changing it."""
+    for name, said in others.items():
+        if said and said not in ("auto", "none"):
+            raise BudgetError(
+                f"{name} does not go with lossless", "", "nothing is changed", f"leave {name} out"
+            )
+    for name in Budget.parse(budget).to_json() if budget is not None else ():
+        if name != "size":
+            why = "the network stays as it is; only the size of its file can be checked"
+            raise BudgetError(f"{name} does not go with lossless", "", why, f"leave {name} out")
+
+
+def _kept(way: Way, limited: bool) -> Result:
+    """Store a network bit for bit, report it, and check the file's size, if one was given."""
+    with way.timed("discover"):
+        check_network(way.network)
+        sites = discover(way.network)
+        check_metric(way)
+    with way.timed("pack"):
+        chosen, final, file = keep_all(way.network, sites, way.budget)
+        package = artifact.unpack(file)
+    limit = size_limit(way, chosen) if limited else None
+    with way.timed("report"):
+        facts = collect(
+            way.network, way.data, sites, chosen, final, final, package, len(file),
+            metric=metric_of(way), seed=way.seed, limit=limit,
+        )  # fmt: skip
+    budget = facts["budget"] if limited else {"text": "none: lossless", "limits": {}, "met": {}}
+    notes = ["Lossless: every tensor comes back bit for bit.", *facts["notes"], *way.notes]
+    made = Report({**facts, "budget": budget, "notes": notes, "stages": way.stages})
+    if way.folder:
+        chosen.save(way.folder.path / "plan.json")
+        made.save(way.folder.path)
+    if limit is not None and len(file) > limit:
+        raise InfeasibleError(
+            "the lossless file is beyond the budget", way.budget.describe(),
+            f"the file takes {len(file)} bytes", f"give size={len(file)}, or leave lossless out",
+            {"bytes": float(len(file))},
+        )  # fmt: skip
+    if way.folder:
         way.folder.write(way.folder.path / "net.lamina", file)
     return Result(final.model, chosen, made, file)
 

@@ -75,10 +75,10 @@ def _skeleton(source: str, where: str, trust: Sequence[str] = ()) -> Network:
     Raises:
         FileError: it cannot be rebuilt without the caller's help.
     """
-    from lamina.zoo import build, zoo
+    from lamina.zoo import build, names, zoo
 
     kind, _, name = source.partition(":")
-    if kind == "zoo":
+    if kind == "zoo" and name in names():
         return replace(zoo(name), module=build(name))
     if kind == "python" and source in trust:
         return open_network(name)
@@ -95,18 +95,23 @@ def load(
 
     Args:
         path: the file.
-        skeleton: a module of the class the file was made from; edited in place and returned. Zoo
-            networks rebuild themselves.
+        skeleton: a module of the class the file was made from; filled in place and returned. Zoo
+            networks rebuild themselves. One built under `torch.device("meta")` costs no time for
+            values that are overwritten anyway; it is filled on the CPU.
         trust: factories named in files that may be imported, e.g. `("python:net.py:build",)`.
 
     Raises:
         FileError: the file is damaged, or the skeleton is missing or does not fit.
     """
+    from lamina.zoo import build, names
+
     package = artifact.read(path)
-    module = skeleton if skeleton is not None else None
-    if module is None:
-        module = _skeleton(package.skeleton, str(path), trust).module
-    return artifact.restore(package, module).eval()
+    kind, _, name = package.skeleton.partition(":")
+    if skeleton is None and kind == "zoo" and name in names():
+        skeleton = build(name)
+    if skeleton is None:
+        skeleton = _skeleton(package.skeleton, str(path), trust).module
+    return artifact.restore(package, skeleton).eval()
 
 
 def save(result: Any, path: str | Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lamina.errors import BusyError, RunError
 
@@ -18,8 +19,15 @@ MARK = "lamina-run.json"
 PART = ".part"  # files that are being written; after a kill they are left behind
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file, fsync, rename.
+def write_atomic(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename.
+
+    A process that is killed meanwhile leaves the older file as it was, and perhaps a hidden
+    temporary file `.NAME.*.part` beside it.
+
+    Args:
+        path: the file; missing folders are made.
+        data: its bytes, or a function that writes them into an open file.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written; an older file stays as it was.
@@ -29,12 +37,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
+        _sync_folder(path.parent)
     except OSError as error:
         raise RunError(
             "cannot write", str(path), error.strerror or str(error), "free space or choose a folder"
@@ -42,6 +54,20 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut, where the system can."""
+    if os.name == "nt":  # folders cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network disks
+            raise
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

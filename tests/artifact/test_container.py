@@ -166,7 +166,7 @@ def test_it_is_a_valid_safetensors_file(file, tmp_path):
     with safe_open(str(path), "pt") as opened:
         manifest = json.loads(opened.metadata()["lamina"])
         body = opened.get_tensor("d")
-    assert manifest["lamina"] == 1
+    assert manifest["lamina"] == 2
     assert body.dtype == torch.uint8
     assert file.endswith(body.numpy().tobytes())
     assert read(path).skeleton == "module"

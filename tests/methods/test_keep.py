@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina import codecs
+from lamina.artifact.records import encode
 from lamina.errors import SiteError
 from lamina.forms import Plain, Sparse, install
 from lamina.measure.stats import LayerStats
@@ -48,19 +48,17 @@ def test_there_is_one_offer_and_it_is_lossless(share: float) -> None:
     install(net.module, edits)
     for key, tensor in net.module.state_dict().items():
         assert torch.equal(tensor, before[key])
-    if share == 1.0:
-        assert offer.cost.bits == 32 * 252
-    else:
-        mask = (weights["weight"] != 0).to(torch.int32)
-        size = codecs.length(mask.numpy()) + 4 * int(mask.sum()) + 48
-        assert offer.cost.bits == 8 * size < 32 * 252
+    size = sum(len(encode(e.values)) for e in edits if e.values is not None)
+    assert abs(size - offer.cost.bits / 8) <= 8, "but for the heads of the records"
+    assert offer.cost.bits < 32 * 252
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_plain_size_is_the_bytes_of_the_dtype(dtype: torch.dtype) -> None:
     form, size = hold(torch.randn(7, 3, 2).abs().to(dtype) + 1)
     assert isinstance(form, Plain)
-    assert size == 42 * dtype.itemsize
+    assert size <= 42 * dtype.itemsize
+    assert abs(len(encode(form)) - size) <= 3
 
 
 def test_a_few_zeros_are_not_worth_a_pattern() -> None:

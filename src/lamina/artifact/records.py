@@ -1,32 +1,38 @@
-"""Tensor records: one tensor's values to bytes and back, exactly.
+"""Tensor records: one tensor's values to bytes, and the heads of records back.
 
     record  = varint(length of body) body
     body    = head [parameters] payload...
     head    = form (bits 0-2: 0 plain, 1 sparse, 2 codebook, 3 grid)
-              + codec of the symbols (bits 3-5: index into CODEC_IDS)
-              + flag (bit 6: exponents follow) + axis (bit 7)
-    plain   : raw little-endian values
-    sparse  : varint(length) coded 0/1 mask; raw little-endian non-zeros, in row order
+              + codec of the symbols (bits 3-5: index into CODEC_IDS; plain: 0 raw, 1 planes)
+              + flag (bit 6: grid: exponents follow; sparse: non-zeros by planes) + axis (bit 7)
+    plain   : raw little-endian values, or planes
+    sparse  : varint(length) coded 0/1 mask; non-zeros in row order, raw or planes
     codebook: k - 1 as varint, k float32 centroids; coded index
     grid    : float32 step; [codec byte, varint(length), coded exponents]; coded symbols
 
-Symbols are coded as the tensor's 2-D view `[shape[0], rest]`.
+Symbols are coded as the tensor's 2-D view `[shape[0], rest]`. What the payloads hold is read in
+`streams.py`, when it is wanted.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from lamina import codecs
-from lamina.codecs import raw
+from lamina.codecs import planes
 from lamina.errors import FileError
 from lamina.forms import Codebook, Grid, Plain, Sparse, Values
 
-CODEC_IDS = ("raw", "rans", "adaptive")  # the order is part of the format
+# the order is part of the format
+CODEC_IDS = ("raw", "rans", "adaptive", "context", "blocks", "huffman", "bloomier")
+FORMS = ("plain", "sparse", "codebook", "grid")
+OWN_CODES = ("huffman", "bloomier")  # a method chose these: they are kept when saved again
+SAMPLE, SAMPLES = 1 << 14, 8  # elements, stretches: of more, sizes are predicted
 DTYPES = {
     "f32": torch.float32,
     "f16": torch.float16,
@@ -77,23 +83,12 @@ def flat_bytes(tensor: torch.Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def from_bytes(data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Undo `flat_bytes`.
+def plane_layout(dtype: torch.dtype) -> tuple[int, bool]:
+    """Return what planes need to know of a dtype: bytes of an element, and whether it is a float.
 
-    Raises:
-        FileError: the length does not fit the shape.
+    A complex number is two floats.
     """
-    size = torch.empty((), dtype=dtype).element_size()
-    count = int(np.prod(shape, dtype=object)) if shape else 1
-    if len(data) != count * size:
-        raise FileError(
-            "a raw tensor has the wrong length", f"{shape} {dtype}", f"{len(data)} bytes"
-        )
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    if dtype == torch.bool and max(data) > 1:  # undefined behaviour in torch
-        raise FileError("a truth value is neither 0 nor 1", str(shape), "the file is damaged")
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    return dtype.itemsize >> dtype.is_complex, dtype.is_floating_point or dtype.is_complex
 
 
 def matrix_view(symbols: torch.Tensor) -> np.ndarray:
@@ -105,8 +100,28 @@ def matrix_view(symbols: torch.Tensor) -> np.ndarray:
 def view_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the 2-D view's shape: `[shape[0], rest]`; vectors and scalars are one row."""
     if len(shape) < 2:
-        return (1, int(np.prod(shape, dtype=np.int64)) if shape else 1)
-    return (shape[0], int(np.prod(shape[1:], dtype=np.int64)))
+        return (1, math.prod(shape))
+    return (shape[0], math.prod(shape[1:]))
+
+
+def encode(values: Values) -> bytes:
+    """Return a tensor's record.
+
+    Raises:
+        FileError: a codebook's own code does not give its index.
+    """
+    if isinstance(values, Plain):
+        split, data = _code_values(values.tensor)
+        body = bytes([split << 3]) + data
+    elif isinstance(values, Sparse):
+        body = _encode_sparse(values)
+    elif isinstance(values, Codebook):
+        codec, data = _own_code(values) if values.code else _code(matrix_view(values.index))
+        table = flat_bytes(values.centroids.to(torch.float32))
+        body = bytes([2 | codec << 3]) + varint(len(values.centroids) - 1) + table + data
+    else:
+        body = _encode_grid(values)
+    return varint(len(body)) + body
 
 
 def _code(array: np.ndarray) -> tuple[int, bytes]:
@@ -114,32 +129,40 @@ def _code(array: np.ndarray) -> tuple[int, bytes]:
     return CODEC_IDS.index(name), data
 
 
-def _decode(codec: int, data: memoryview, shape: tuple[int, int]) -> torch.Tensor:
-    if codec >= len(CODEC_IDS):
+def _own_code(values: Codebook) -> tuple[int, bytes]:
+    """Return the code that a method made itself, if it says what the index says."""
+    name, data = values.code or ("", b"")
+    index = matrix_view(values.index)
+    if name not in CODEC_IDS or not np.array_equal(
+        codecs.get(name).decode(data, index.shape), index
+    ):
         raise FileError(
-            "unknown codec", str(codec), "this version does not have it", "update lamina"
-        )
-    name = CODEC_IDS[codec]
-    if name == "raw":
-        array = raw.decode(bytes(data), shape, np.dtype("<i4"))
-    else:
-        array = codecs.get(name).decode(bytes(data), shape)
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
+            "a codebook cannot be stored", repr(name), "its own code does not give its index",
+            "make the code again after the index has changed, or leave it out",
+        )  # fmt: skip
+    return CODEC_IDS.index(name), data
 
 
-def encode(values: Values) -> bytes:
-    """Return a tensor's record."""
-    if isinstance(values, Plain):
-        body = bytes([0]) + flat_bytes(values.tensor)
-    elif isinstance(values, Sparse):
-        body = _encode_sparse(values)
-    elif isinstance(values, Codebook):
-        codec, data = _code(matrix_view(values.index))
-        table = flat_bytes(values.centroids.to(torch.float32))
-        body = bytes([2 | codec << 3]) + varint(len(values.centroids) - 1) + table + data
-    else:
-        body = _encode_grid(values)
-    return varint(len(body)) + body
+def _code_values(tensor: torch.Tensor) -> tuple[bool, bytes]:
+    """Return whether planes are shorter than raw values, and the shorter of the two."""
+    raw = flat_bytes(tensor)
+    split = planes.encode(raw, *plane_layout(tensor.dtype)) if raw else raw
+    return (True, split) if len(split) < len(raw) else (False, raw)
+
+
+def values_bytes(tensor: torch.Tensor) -> float:
+    """Return what exact values take in a file [bytes]; for many, from a sample of them.
+
+    Example:
+        >>> values_bytes(torch.zeros(1000)) < 10
+        True
+    """
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() <= 2 * SAMPLE * SAMPLES:
+        return float(len(_code_values(flat)[1]))
+    starts = torch.linspace(0, flat.numel() - SAMPLE, SAMPLES).long().tolist()
+    some = torch.cat([flat[start : start + SAMPLE] for start in starts])
+    return len(_code_values(some)[1]) * flat.numel() / some.numel()
 
 
 def _encode_sparse(values: Sparse) -> bytes:
@@ -149,7 +172,8 @@ def _encode_sparse(values: Sparse) -> bytes:
     mask = flat.view(torch.uint8).reshape(flat.numel(), -1).any(1) if flat.numel() else flat != 0
     mask = mask.reshape(tensor.shape).bool()  # `any` of bytes gives bytes
     codec, data = _code(matrix_view(mask))
-    return bytes([1 | codec << 3]) + varint(len(data)) + data + flat_bytes(tensor[mask])
+    split, held = _code_values(tensor[mask])
+    return bytes([1 | codec << 3 | split << 6]) + varint(len(data)) + data + held
 
 
 def _encode_grid(values: Grid) -> bytes:
@@ -163,79 +187,115 @@ def _encode_grid(values: Grid) -> bytes:
     return bytes([head]) + struct.pack("<f", values.step) + extra + data
 
 
-def decode(body: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> Values:
-    """Undo `encode`, from a record's body.
+@dataclass(frozen=True)
+class Record:
+    """What a record's head says, and where its payloads are; nothing is decoded yet.
+
+    Args:
+        form: one of `FORMS`.
+        codec: of the symbols (of the mask, if sparse); plain: `"raw"` or `"planes"`.
+        shape, dtype: of the dense tensor.
+        where: what errors call it.
+        payload: the coded symbols; plain: the values.
+        values: sparse: the non-zeros.
+        split: the values (plain, sparse) are coded by planes.
+        centroids: codebook: float32 `[k]`.
+        step: grid.
+        exponents: grid: codec and bytes of the exponents.
+        axis: grid: the exponents' axis.
+    """
+
+    form: str
+    codec: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    where: str
+    payload: memoryview
+    values: memoryview = field(default_factory=lambda: memoryview(b""))
+    split: bool = False
+    centroids: torch.Tensor | None = None
+    step: float = 0.0
+    exponents: tuple[str, memoryview] | None = None
+    axis: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many elements the dense tensor has."""
+        return math.prod(self.shape)
+
+
+def parse(body: memoryview, shape: tuple[int, ...], dtype: torch.dtype, where: str = "") -> Record:
+    """Read a record's head and check it against the declared shape; cheap, whatever its size.
 
     Raises:
-        FileError: the record is damaged, or of a form or codec this version does not have.
+        FileError: it is damaged, or of a form or codec this version does not have.
     """
+    where = where or f"{shape} {dtype}"
     if not len(body):
-        raise FileError("a tensor record is empty", str(shape), "the file is damaged")
-    form, codec = body[0] & 7, body[0] >> 3 & 7
+        raise FileError("a tensor record is empty", where, "the file is damaged")
+    head = body[0]
+    form, codec = head & 7, head >> 3 & 7
+    if form >= len(FORMS):
+        raise FileError("unknown form of values", str(form), "", "update lamina")
     if form == 0:
-        return Plain(from_bytes(body[1:], shape, dtype))
+        return _parse_plain(body[1:], codec, shape, dtype, where)
+    name = _codec_name(codec)
     if form == 1:
-        return _decode_sparse(body, codec, shape, dtype)
+        length, at = read_varint(body, 1)
+        mask, at = _part(body, at, length)
+        split = bool(head & 0x40)
+        return Record("sparse", name, shape, dtype, where, mask, body[at:], split)
     if form == 2:
-        return _decode_codebook(body, codec, shape, dtype)
-    if form == 3:
-        return _decode_grid(body, codec, shape, dtype)
-    raise FileError("unknown form of values", str(form), "", "update lamina")
+        count, at = read_varint(body, 1)
+        table, at = _part(body, at, (count + 1) * 4)
+        _check_float(dtype, where)
+        centroids = torch.frombuffer(bytearray(table), dtype=torch.float32)
+        return Record("codebook", name, shape, dtype, where, body[at:], centroids=centroids)
+    _check_float(dtype, where)
+    number, at = _part(body, 1, 4)
+    (step,) = struct.unpack("<f", number)
+    exponents = None
+    if head & 0x40:
+        kind, at = _part(body, at, 1)
+        length, at = read_varint(body, at)
+        data, at = _part(body, at, length)
+        if not shape or not math.prod(shape):
+            raise FileError("a grid with exponents has no axes", where, "the file is damaged")
+        exponents = (_codec_name(kind[0]), data)
+    return Record(
+        "grid", name, shape, dtype, where, body[at:], step=step, exponents=exponents, axis=head >> 7
+    )
 
 
-def codec_of(body: memoryview) -> str:
-    """Return the name of the codec of a valid record's symbols."""
-    return CODEC_IDS[body[0] >> 3 & 7] if body[0] & 7 else "raw"
+def _parse_plain(
+    data: memoryview, codec: int, shape: tuple[int, ...], dtype: torch.dtype, where: str
+) -> Record:
+    size = math.prod(shape) * dtype.itemsize
+    if codec > 1:
+        raise FileError("unknown codec of values", str(codec), "", "update lamina")
+    if codec:
+        planes.blocks(data, size, *plane_layout(dtype))  # raises where blocks are cut off
+    elif len(data) != size:
+        why = f"{len(data)} bytes instead of {size}"
+        raise FileError("a raw tensor has the wrong length", where, why)
+    name = "planes" if codec else "raw"
+    return Record("plain", name, shape, dtype, where, data, split=bool(codec))
+
+
+def _check_float(dtype: torch.dtype, where: str) -> None:
+    if not dtype.is_floating_point:
+        why = f"it is declared {dtype}"
+        raise FileError("a grid or a codebook holds floats only", where, why)
+
+
+def _codec_name(codec: int) -> str:
+    if codec >= len(CODEC_IDS) or CODEC_IDS[codec] not in codecs.CODECS:
+        why = "this version does not have it"
+        raise FileError("unknown codec", str(codec), why, "update lamina")
+    return CODEC_IDS[codec]
 
 
 def _part(body: memoryview, at: int, length: int) -> tuple[memoryview, int]:
     if length > len(body) - at:
         raise FileError("a tensor record is cut off", f"byte {at}", "the file is damaged")
     return body[at : at + length], at + length
-
-
-def _decode_sparse(
-    body: memoryview, codec: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Values:
-    length, at = read_varint(body, 1)
-    data, at = _part(body, at, length)
-    mask = _decode(codec, data, view_shape(shape)).reshape(shape)
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise FileError("a mask holds more than 0 and 1", str(shape), "the file is damaged")
-    nonzero = from_bytes(body[at:], (int(mask.sum()),), dtype)
-    tensor = torch.zeros(shape, dtype=dtype)
-    tensor[mask.bool()] = nonzero
-    return Sparse(tensor)
-
-
-def _decode_codebook(
-    body: memoryview, codec: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Values:
-    count, at = read_varint(body, 1)
-    table, at = _part(body, at, (count + 1) * 4)
-    centroids = from_bytes(table, (count + 1,), torch.float32)
-    index = _decode(codec, body[at:], view_shape(shape)).reshape(shape)
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) > count):
-        raise FileError("a codebook index is out of range", str(shape), "the file is damaged")
-    return Codebook(index, centroids, dtype)
-
-
-def _decode_grid(
-    body: memoryview, codec: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Values:
-    head, at = _part(body, 1, 4)
-    (step,) = struct.unpack("<f", head)
-    exponents, axis = None, body[0] >> 7
-    if body[0] & 0x40:
-        kind, at = _part(body, at, 1)
-        length, at = read_varint(body, at)
-        data, at = _part(body, at, length)
-        rest = math.prod(shape[1:])
-        if not shape or not shape[0] * rest:
-            raise FileError("a grid with exponents has no axes", str(shape), "the file is damaged")
-        count = rest if axis else shape[0]
-        exponents = _decode(kind[0], data, (1, count)).reshape(-1)
-        if exponents.numel() and int(exponents.abs().max()) > 400:
-            raise FileError("a grid's exponent is out of range", str(shape), "the file is damaged")
-    symbols = _decode(codec, body[at:], view_shape(shape)).reshape(shape)
-    return Grid(symbols, step, exponents, axis, dtype)

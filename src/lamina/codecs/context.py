@@ -1,22 +1,25 @@
 """Rans with tables for rows that differ, or for what stands nearby.
 
-Three ways to code, and the encoder takes the one it expects to be shortest. `ROWS` codes every
+Four ways to code, and the encoder takes the one it expects to be shortest. `ROWS` codes every
 symbol with its row's table: rows (or columns) whose symbols are distributed alike form a class.
 `GAPS`, for sparse matrices, goes through the rows class by class and codes, for each non-zero, the
 zeros before it and its value. So many zeros cost no time: a tenth of the symbols takes a fifth of
-the steps. `ABOVE` takes the table by the row's class and the size of the symbols above.
+the steps. `BURSTS` is the same with counted tables of gaps. `ABOVE` takes the table by the row's
+class and the size of the symbols above.
 
-    byte         bits 0-1 way (ROWS, GAPS, ABOVE), bit 2 columns instead of rows, bits 3-4 steps of
-                 the exponents (4, 8, 16 an octave), bits 5-6 log2 of the tables' total less 11
+    byte         bits 0-1 way (ROWS, GAPS, ABOVE, BURSTS), bit 2 columns instead of rows,
+                 bits 3-4 steps of the exponents (4, 8, 16 an octave),
+                 bits 5-6 log2 of the tables' total less 11
     byte         classes K - 1
     varint       lanes / 8 (0: one lane)
     K > 1        varint(length), rans code of the rows' classes [rows]
     varints      first value (sign folded), values V - 1
-    GAPS         for each class: varint non-zeros, varint fillers
+    GAPS, BURSTS for each class: varint non-zeros, varint fillers
     tables       varint(length), rans code of the exponents' differences [K, V]; see `tables`;
                  ABOVE: [5 K, V], five contexts of each class
+                 BURSTS: after them the same for gaps [K, 256]
     stream       as `rans`: ROWS and ABOVE all rows in order, by their tables
-                 GAPS for each class its gaps, then its values; see `gaps`
+                 GAPS, BURSTS for each class its gaps, then its values; see `gaps`
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from lamina.codecs.bits import fold_sign, unfold_sign
 from lamina.codecs.classes import ENTRY_BITS, cluster, entropy_bits, histograms
 from lamina.codecs.fields import FieldReader, sized, varint
 from lamina.codecs.frequency import Ints
-from lamina.codecs.gaps import expand, fillers_of, gap_stream, gap_weights
+from lamina.codecs.gaps import LONGEST, expand, fillers_of, gap_stream, gap_weights
 from lamina.codecs.segments import Lookup, count_lanes, join, narrow, pull, push, split
 from lamina.codecs.symbols import Symbols, check_symbols, count_elements
 from lamina.codecs.tables import (
@@ -49,7 +52,7 @@ from lamina.codecs.tables import (
 )
 from lamina.errors import FileError
 
-ROWS, GAPS, ABOVE = 0, 1, 2
+ROWS, GAPS, ABOVE, BURSTS = 0, 1, 2, 3
 PRECISIONS = (11, 12, 13, 14)
 MOST_VALUES = 512  # distinct values; a tensor with more is left to rans
 CLASSES = (2, 4, 8)
@@ -66,7 +69,7 @@ class Layout:
     """How a matrix is coded.
 
     Args:
-        way: ROWS, GAPS or ABOVE.
+        way: ROWS, GAPS, ABOVE or BURSTS.
         across: by columns instead of rows.
         classes: of the rows [rows].
         low: first value.
@@ -121,13 +124,13 @@ def decode(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> NDArr
     reader = FieldReader(data)
     head, most = reader.byte(), reader.byte() + 1
     way, across, precision = head & 3, bool(head & 4), PRECISIONS[head >> 5 & 3]
-    if way > ABOVE or head >> 3 & 3 > 2 or head >> 7:
+    if head >> 3 & 3 > 2 or head >> 7:
         raise _damaged("its first byte says nothing this version knows")
     steps = STEPS[head >> 3 & 3]
     if across:
         rows, cols = cols, rows
     lanes = max(8 * reader.varint(), 1)
-    if most * (1, 2, CONTEXTS)[way] << precision > _most_slots(size):
+    if most * (1, 2, CONTEXTS, 2)[way] << precision > _most_slots(size):
         raise _damaged("it has more tables than its size allows")
     if most > rows or lanes > max(size, 1):
         raise _damaged("it has more classes than rows, or more lanes than symbols")
@@ -161,14 +164,17 @@ def decode(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> NDArr
             raise _damaged("it has more non-zeros than symbols")
         counts = np.array([(n + f, n) for n, f in found], dtype=np.int64)
         freq = _read_tables(reader, most, count, steps, precision, backend)
-        weights = gap_weights(sizes, counts[:, 1], backend)
-        look = _gap_lookup(share(weights, precision), freq, counts, precision)
-        lengths = np.tile(np.arange(weights.shape[1]), most)
+        if way == BURSTS:
+            gaps = _read_tables(reader, most, LONGEST + 1, steps, precision, backend)
+            fillers = np.full(most, LONGEST)
+        else:
+            weights = gap_weights(sizes, counts[:, 1], backend)
+            gaps, fillers = share(weights, precision), fillers_of(weights)
+        look = _gap_lookup(gaps, freq, counts, precision)
+        lengths = np.tile(np.arange(LONGEST + 1), most)
         entry = narrow(np.concatenate([lengths, np.tile(values, most)]))
         flat = pull(*split(reader.rest(), lanes), look, entry, backend)
-        out = expand(
-            flat, counts, fillers_of(weights), classes, cols, narrow(values).dtype, backend
-        )
+        out = expand(flat, counts, fillers, classes, cols, narrow(values).dtype, backend)
     return np.ascontiguousarray(out.T if across else out).reshape(tuple(shape))
 
 
@@ -207,18 +213,35 @@ def choose(grid: Symbols) -> tuple[Layout, float]:
                 best = (bits, layout)
     assert best is not None
     bits, layout = best
-    turned = np.ascontiguousarray(grid.T if layout.across else grid)
     if float((grid != 0).mean()) <= SPARSE:
-        by_gaps = gap_stream(turned, layout.classes).bits()
+        by_gaps, gaps = _best_gaps(grid, layout)
         if by_gaps <= FASTER * bits:
-            bits, layout = by_gaps, replace(layout, way=GAPS)
+            bits, layout = by_gaps, gaps
     if grid.size < SMALLEST_ABOVE:
         return layout, bits / 8
-    above = _best_above(grid, turned, layout)
+    above = _best_above(grid, layout)
     return above if above[1] * 8 < SLOWER * bits else (layout, bits / 8)
 
 
-def _best_above(grid: Symbols, turned: Symbols, layout: Layout) -> tuple[Layout, float]:
+def _best_gaps(grid: Symbols, layout: Layout) -> tuple[float, Layout]:
+    """Return about how many bits the best layout with gaps takes, and that layout."""
+    rows, cols = (np.zeros(n, dtype=np.int64) for n in grid.shape)
+    tries = [
+        replace(layout, way=GAPS),
+        replace(layout, way=BURSTS),
+        replace(layout, way=BURSTS, across=False, classes=rows),
+        replace(layout, way=BURSTS, across=True, classes=cols),
+    ]
+    found = []
+    for tried in tries:
+        counted = tried.way == BURSTS
+        view = np.ascontiguousarray(grid.T if tried.across else grid)
+        bits = gap_stream(view, tried.classes, counted).bits(counted)
+        found.append((bits + float(entropy_bits(np.bincount(tried.classes)[None])[0]), tried))
+    return min(found, key=lambda pair: pair[0])
+
+
+def _best_above(grid: Symbols, layout: Layout) -> tuple[Layout, float]:
     """Return the best layout with contexts from above, and about how many bytes it takes."""
     one = np.zeros(grid.shape[1], dtype=np.int64)
     tries = [
@@ -228,7 +251,7 @@ def _best_above(grid: Symbols, turned: Symbols, layout: Layout) -> tuple[Layout,
     ]
     found = []
     for tried in tries:
-        view = turned if tried.across == layout.across else grid if layout.across else grid.T
+        view = grid.T if tried.across else grid
         counts = _above_counts(view, tried)
         bits = float(entropy_bits(counts).sum()) + ENTRY_BITS * int((counts > 0).sum())
         bits += float(entropy_bits(np.bincount(tried.classes)[None])[0])
@@ -254,34 +277,37 @@ def _encode_rows(grid: Symbols, layout: Layout, backend: str) -> bytes:
     if most > 1:
         parts += [sized(rans.encode(classes, backend=backend))]
     parts += [varint(fold_sign(low)), varint(count - 1)]
+    extra = 0.0
     if layout.way == ROWS:
-        counts = np.zeros((most, count), dtype=np.int64)
-        np.add.at(counts, classes, histograms(grid, low, count))
-        extra = 0.0
+        matrices = [np.zeros((most, count), dtype=np.int64)]
+        np.add.at(matrices[0], classes, histograms(grid, low, count))
     elif layout.way == ABOVE:
-        counts = _above_counts(grid, layout)
-        extra = 0.0
+        matrices = [_above_counts(grid, layout)]
     else:
-        stream = gap_stream(grid, classes)
-        counts, extra = stream.values_by_class(low, count), stream.gap_bits()
+        stream = gap_stream(grid, classes, layout.way == BURSTS)
+        matrices = [stream.values_by_class(low, count)]
+        if layout.way == BURSTS:
+            matrices += [stream.gaps_by_class()]
+        else:
+            extra = stream.gap_bits()
         parts += [varint(n) + varint(e - n) for e, n in stream.counts.tolist()]
-    steps, precision, exponents, payload = _choose_tables(
-        counts, 1 + (layout.way == GAPS), grid.size
-    )
-    freq = frequencies(exponents, steps, precision)
-    parts += [sized(rans.encode(difference(exponents), backend=backend))]
+    tables = len(matrices[0]) * (2 if layout.way in (GAPS, BURSTS) else 1)
+    steps, precision, exponents, payload = _choose_tables(matrices, tables, grid.size)
+    freqs = [frequencies(e, steps, precision) for e in exponents]
+    parts += [sized(rans.encode(difference(e), backend=backend)) for e in exponents]
     payload += extra
     lanes = count_lanes(payload / 8)
     if layout.way == ABOVE:
-        tables = (classes[:, None] * CONTEXTS + contexts_above(grid)).reshape(-1) * count
-        look = _lookup(freq, np.zeros(1, np.int64), precision, np.array([grid.size]))
-        index = tables + (grid.reshape(-1) - np.int64(low))
+        table = (classes[:, None] * CONTEXTS + contexts_above(grid)).reshape(-1) * count
+        look = _lookup(freqs[0], np.zeros(1, np.int64), precision, np.array([grid.size]))
+        index = table + (grid.reshape(-1) - np.int64(low))
     elif layout.way == ROWS:
-        look = _lookup(freq, classes, precision, np.arange(1, rows + 1) * cols)
+        look = _lookup(freqs[0], classes, precision, np.arange(1, rows + 1) * cols)
         index = grid.reshape(-1) - np.int32(low)
     else:
-        gaps = share(gap_weights(stream.sizes, stream.counts[:, 1], backend), precision)
-        look = _gap_lookup(gaps, freq, stream.counts, precision)
+        weights = gap_weights(stream.sizes, stream.counts[:, 1], backend)
+        gaps = freqs[1] if layout.way == BURSTS else share(weights, precision)
+        look = _gap_lookup(gaps, freqs[0], stream.counts, precision)
         index = stream.index(low)
     head = (
         layout.way
@@ -298,18 +324,22 @@ def _most_slots(size: int) -> int:
     return (1 << 16) + 16 * size
 
 
-def _choose_tables(counts: Ints, turns: int, size: int) -> tuple[int, int, Ints, float]:
+def _choose_tables(
+    matrices: list[Ints], tables: int, size: int
+) -> tuple[int, int, list[Ints], float]:
     """Return steps, precision, exponents and payload [bits] of fewest bits in all."""
-    best: tuple[float, int, int, Ints, float] | None = None
-    most = int((counts > 0).sum(1).max())
-    room = [p for p in PRECISIONS if len(counts) * turns << p <= _most_slots(size)]
+    best: tuple[float, int, int, list[Ints], float] | None = None
+    most = max(int((counts > 0).sum(1).max()) for counts in matrices)
+    room = [p for p in PRECISIONS if tables << p <= _most_slots(size)]
     roomy = [p for p in room if 4 * most <= 1 << p] or room[-1:]
     for steps in STEPS:
-        exponents = fit_exponents(counts, steps)
-        head = 8 * rans.length(difference(exponents))
+        exponents = [fit_exponents(counts, steps) for counts in matrices]
+        head = sum(8 * rans.length(difference(e)) for e in exponents)
         for precision in roomy:
-            freq = np.maximum(frequencies(exponents, steps, precision), 1)
-            payload = float((counts * (precision - np.log2(freq))).sum())
+            payload = 0.0
+            for counts, e in zip(matrices, exponents, strict=True):
+                freq = np.maximum(frequencies(e, steps, precision), 1)
+                payload += float((counts * (precision - np.log2(freq))).sum())
             # a bit more precision is a larger table to build and to keep in the cache
             whole = head + payload * (1 + 0.002 * (precision - PRECISIONS[0]))
             if best is None or whole < best[0]:

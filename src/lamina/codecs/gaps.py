@@ -6,6 +6,8 @@ are geometric, so their table is made from p, and p from the number of non-zeros
 A geometric law has no memory, so long gaps may be cut at no cost: the last entry of the table, the
 filler F, stands for F zeros and no value after them; F is the first whose chance p^F is at most
 1/64, at most 255.
+
+Where zeros come in bursts gaps are not geometric; then their tables are counted, and F is 255.
 """
 
 from __future__ import annotations
@@ -47,18 +49,30 @@ class Stream:
         hits = np.bincount(owner * count + self.values - low, minlength=len(self.counts) * count)
         return hits.reshape(len(self.counts), count)
 
+    def gaps_by_class(self) -> Ints:
+        """Return how often each gap occurs in each class [classes, 256]."""
+        owner = np.repeat(np.arange(len(self.counts)), self.counts[:, 0])
+        hits = np.bincount(
+            owner * (LONGEST + 1) + self.gaps, minlength=len(self.counts) * (LONGEST + 1)
+        )
+        return hits.reshape(len(self.counts), LONGEST + 1)
+
     def gap_bits(self) -> float:
-        """Return about how many bits the gaps take: each as a place among all symbols."""
+        """Return about how many bits geometric gaps take: each as a place among all symbols."""
         n = self.counts[:, 1]
         return float(entropy_bits(np.stack([n, np.maximum(self.sizes - n, 0)], 1)).sum())
 
-    def bits(self) -> float:
+    def bits(self, counted: bool = False) -> float:
         """Return about how many bits the stream and its tables take."""
         low = int(self.values.min()) if self.values.size else 0
         count = int(self.values.max()) - low + 1 if self.values.size else 1
-        table = self.values_by_class(low, count)
-        payload = float(entropy_bits(table).sum()) + self.gap_bits()
-        return payload + ENTRY_BITS * int((table > 0).sum()) + 32 * len(table)
+        tables = [self.values_by_class(low, count)]
+        tables += [self.gaps_by_class()] if counted else []
+        payload = sum(float(entropy_bits(table).sum()) for table in tables)
+        payload += 0.0 if counted else self.gap_bits()
+        # rare gaps make ragged tables, whose entries cost twice as much
+        entries = sum((1 + k) * int((table > 0).sum()) for k, table in enumerate(tables))
+        return payload + ENTRY_BITS * entries + 32 * len(self.counts)
 
     def index(self, low: int) -> Ints:
         """Return all symbols in the order they are coded, as entries of their tables."""
@@ -107,7 +121,7 @@ def fill_weights(sizes: Any, nonzeros: Any, weights: Any) -> None:
         weights[k, g] = left
 
 
-def gap_stream(grid: Symbols, classes: Ints) -> Stream:
+def gap_stream(grid: Symbols, classes: Ints, counted: bool = False) -> Stream:
     """Return the gaps and values of a matrix [rows, cols] whose rows are in classes [rows]."""
     gaps: list[Ints] = []
     values: list[Ints] = []
@@ -116,7 +130,9 @@ def gap_stream(grid: Symbols, classes: Ints) -> Stream:
     for k in range(int(classes.max()) + 1):
         line = grid[classes == k].reshape(-1)
         where = np.flatnonzero(line)
-        filler = int(fillers_of(gap_weights(np.array([line.size]), np.array([where.size])))[0])
+        filler = LONGEST
+        if not counted:
+            filler = int(fillers_of(gap_weights(np.array([line.size]), np.array([where.size])))[0])
         gap = np.diff(where, prepend=-1) - 1
         fillers = gap // filler
         found = np.full(len(gap) + int(fillers.sum()), filler, dtype=np.int64)

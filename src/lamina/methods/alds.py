@@ -33,6 +33,7 @@ from functools import partial
 
 import torch
 
+from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Plain
 from lamina.measure.low_rank import (
@@ -135,12 +136,15 @@ class Alds:
             exact += [
                 (j * (folds * f + n), e, folds, j) for j, e in zip(ranks, errors, strict=True)
             ]
-        width = 8 * weights["weight"].element_size()
+        weight = weights["weight"]
+        # factors are floats as the weight itself: the same share of their bits is noise
+        width = 8 * values_bytes(weight) / weight.numel()
+        rest = 8 * values_bytes(weights["bias"]) if bias else 0.0
         return tuple(
             Candidate(
                 site.name,
                 (Step(self.name, site.name, {"folds": folds, "rank": rank}),),
-                Cost(params + bias, (params + bias) * width, params * site.positions),
+                Cost(params + bias, params * width + rest, params * site.positions),
                 error,
             )
             for params, error, folds, rank in _front(exact)

@@ -6,12 +6,12 @@ as a coded pattern and its non-zeros, where that is smaller.
 **Where.** Every layer site; the end of a chain that only changes a layer's form or its zeros.
 
 **Costs and predicts.** One candidate, error exactly 0: the lossless end of every site's curve. Its
-size is `numel * itemsize` bytes, or for a sparse tensor the coded 0/1 pattern plus
-`nonzeros * itemsize`. Parameters and MACs are those of the dense layer: zeros inside a tensor
-save bytes, not arithmetic.
+size is that of the values, split in planes where that is shorter, or for a sparse tensor the coded
+0/1 pattern plus that of the non-zeros; of long tensors it is predicted from a sample. Parameters
+and MACs are those of the dense layer: zeros inside a tensor save bytes, not arithmetic.
 
-**Does not help** dense weights, which it does not shrink at all: float mantissas are noise to a
-coder. For bytes use `rdoq` or `kmeans`.
+**Does not help** dense weights much: float mantissas are noise to a coder. For bytes use `rdoq` or
+`kmeans`.
 
 **Reference.** Han, Mao, Dally 2016, arXiv:1510.00149, section 2, stores a pruned layer as pattern
 and non-zeros; here the pattern is entropy coded instead of relatively indexed.
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from lamina import codecs
+from lamina.artifact.records import values_bytes
 from lamina.errors import SiteError
 from lamina.forms import Edit, Plain, Sparse
 from lamina.measure.stats import Cost, LayerStats
@@ -52,12 +53,12 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse, float]:
         >>> hold(torch.eye(64))[0].__class__.__name__
         'Sparse'
     """
-    plain = float(tensor.numel() * tensor.element_size())
+    plain = values_bytes(tensor)
     zeros = tensor == 0
     if tensor.numel() and float(zeros.double().mean()) > FEWEST_ZEROS:
         mask = (~zeros).reshape(tensor.shape[0] if tensor.dim() else 1, -1)
         pattern = codecs.length(mask.to(torch.int32).cpu().numpy())
-        sparse = float(pattern + int(mask.sum()) * tensor.element_size())
+        sparse = pattern + values_bytes(tensor[~zeros])
         if sparse < plain:
             return Sparse(tensor.masked_fill(zeros, 0)), sparse
     return Plain(tensor), plain

@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 
 from lamina import codecs
+from lamina.artifact.records import values_bytes
 from lamina.codecs.kernels import compiled
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Codebook, Edit, Plain
@@ -281,7 +282,7 @@ class KMeans:
         if not weight.numel():
             return ()
         matrix = as_matrix(site, weight)
-        extra = sum(8.0 * t.numel() * t.element_size() for k, t in weights.items() if k != "weight")
+        extra = sum(8.0 * values_bytes(t) for k, t in weights.items() if k != "weight")
         params = sum(t.numel() for t in weights.values())
         offers: list[tuple[float, float, Settings, Codebook]] = []
         for weighted in (False, True) if stats is not None else (False,):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from lamina import codecs
+from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Sparse
 from lamina.measure.stats import Cost, LayerStats, predict_error
@@ -78,7 +79,7 @@ def sparse_bits(tensor: torch.Tensor) -> float:
     """Return the size of a tensor with zeros [bits]: coded pattern (estimated) and non-zeros."""
     mask = (tensor != 0).reshape(tensor.shape[0], -1)
     pattern = codecs.estimate(mask.to(torch.int32).cpu().numpy())
-    return 8.0 * (pattern + int(mask.sum()) * tensor.element_size())
+    return 8.0 * (pattern + values_bytes(tensor[tensor != 0]))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Magnitude:
         matrix = as_matrix(site, weight)
         other = {key: t for key, t in weights.items() if key != "weight"}
         # What `keep` makes of the other tensors: a bias of zeros takes next to nothing.
-        extra = sum(min(8.0 * t.numel() * t.element_size(), sparse_bits(t)) for t in other.values())
+        extra = sum(min(8.0 * values_bytes(t), sparse_bits(t)) for t in other.values())
         params = sum(t.numel() for t in weights.values())
         offers = []
         for score in SCORES if stats is not None else SCORES[:1]:

@@ -17,7 +17,7 @@ from lamina._version import __version__
 from lamina.artifact import Package
 from lamina.data import Data
 from lamina.errors import BudgetError
-from lamina.forms import FORMS_OF_VALUES, Edit
+from lamina.forms import Edit
 from lamina.methods.base import registry, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
@@ -165,16 +165,15 @@ def owner(name: str, owners: Mapping[str, str]) -> str | None:
 
 def ledger_of(package: Package, owners: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the parts of the file: name, site, bytes, form of values and codec."""
-    forms = {kind: name for name, kind in FORMS_OF_VALUES.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for part, size in package.ledger.items():
-        values = package.tensors.get(part)
+        record = package.records.get(part)
         rows.append(
             {
                 "part": part,
-                "site": None if values is None else owner(part, owners),
+                "site": None if record is None else owner(part, owners),
                 "bytes": size,
-                "form": None if values is None else forms[type(values)],
+                "form": None if record is None else record.form,
                 "codec": package.codecs.get(part),
             }
         )

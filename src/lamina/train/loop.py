@@ -144,10 +144,14 @@ class _Training:
                 self.price = first_price(recovery.price, start, target)
                 walk = start / target
         lr, step_lr = recovery.rates(walk)
-        groups: list[dict[str, Any]] = [{"params": slow, "lr": lr}]
+        # Decay is for matrices: a shared value must not shrink for each of its members.
+        decayed = [p for p in slow if p.dim() > 1 and recovery.decay]
+        groups: list[dict[str, Any]] = [{"params": decayed, "lr": lr}] if decayed else []
+        if rest := [p for p in slow if p.dim() < 2 or not recovery.decay]:
+            groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
         if fast:
-            groups.append({"params": fast, "lr": step_lr})
-        self.optimizer = torch.optim.Adam(groups)
+            groups.append({"params": fast, "lr": step_lr, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=recovery.decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, [float(g["lr"]) for g in groups], total_steps=max(self.steps, 2)
         )

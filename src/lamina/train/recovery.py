@@ -21,6 +21,7 @@ class Recovery:
         step_lr: peak learning rate of the logarithms of grid steps; None: 2e-3.
         distill: weight of distillation from the original network, 0..1; the rest is the labels'.
         temperature: of the distillation.
+        decay: of weights that are matrices: each step takes its learning rate times this of them.
         hidden: weight of matching hidden outputs of the layers both networks have.
         rate: let a penalty on coded length move the size to the budget's.
         price: where the price of a bit starts: loss that all bits of the limit together cost.
@@ -41,6 +42,7 @@ class Recovery:
     step_lr: float | None = None
     distill: float = 0.7
     temperature: float = 2.0
+    decay: float = 0.0
     hidden: float = 0.0
     rate: bool = True
     price: float = 0.1
@@ -57,8 +59,9 @@ class Recovery:
                 raise BudgetError("cannot use a recovery", f"{name}={value}", "it is over zero")
         if not 0 <= self.distill <= 1:
             raise BudgetError("cannot use a recovery", f"distill={self.distill}", "it is 0..1")
-        if not (math.isfinite(self.hidden) and self.hidden >= 0):
-            raise BudgetError("cannot use a recovery", f"hidden={self.hidden}", "it is 0 or more")
+        for name, value in {"hidden": self.hidden, "decay": self.decay}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise BudgetError("cannot use a recovery", f"{name}={value}", "it is 0 or more")
         if self.start not in ("planned", "wide"):
             why = "it is 'planned' or 'wide'"
             raise BudgetError("cannot use a recovery", f"start={self.start!r}", why)
