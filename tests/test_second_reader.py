@@ -102,8 +102,8 @@ def test_every_way_of_context(way, across):
         symbols = np.where(rows, random.integers(1, 3, (80, 90)), 0).astype(np.int32)
         symbols *= random.random((80, 90)) < 0.95
     if way == "above":
-        size = np.repeat(random.choice([0, 4], (20, 90)), 4, 0)
-        symbols = np.rint(random.normal(0, 0.2 + size)).astype(np.int32)
+        size = np.repeat(random.choice([0.5, 4], (8, 240)), 20, 0)
+        symbols = np.rint(random.normal(0, size)).astype(np.int32)
     symbols = np.ascontiguousarray(symbols.T) if across else symbols
     data = codecs.get("context").encode(symbols)
     assert data[0] & 3 == WAYS[way] and data[0] >> 2 & 1 == across

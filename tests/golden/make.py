@@ -1,6 +1,7 @@
-"""The golden file: known tensors of every form and codec, in version 1 of the format.
+"""The golden files: tensors of every form and codec, one file for each version of the format.
 
-Run `python -m tests.golden.make` only to add a file for a new version; the old ones stay.
+Run `python -m tests.golden.make` only to add the file of a new version; the old ones stay. The
+values of version 1 are made again by `known`; those of version 2 stand beside it, dense.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from lamina import codecs
-from lamina.artifact import records
+from lamina.artifact import records, unpack
 from lamina.artifact.container import seal
+from lamina.codecs import blocks, bloomier, context
 from lamina.forms import Plain, Sparse
 
 GOLDEN = Path(__file__).parent
@@ -104,8 +107,58 @@ def golden() -> bytes:
     return seal(json.loads(json.dumps(manifest)), body)
 
 
+def second() -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Return a file of version 2, with what version 1 did not have, and its dense tensors."""
+    table = torch.tensor([0.0, -1.5, 0.25, 3.0])
+    wide, few = symbols(48, 40, 60), symbols(48, 40, 8)
+    zero = np.zeros_like(few)
+    sparse = np.where(symbols(48, 40, 64) % 9 == 0, few, zero)
+    rows = np.where(np.arange(48)[:, None] % 3 == 0, wide, few)
+    one, three = np.zeros(48, dtype=np.int64), np.minimum(np.arange(48) % 3, 1)
+    ways = {
+        "rows": (rows, three, context.ROWS, False),
+        "columns": (rows.T.copy(), three, context.ROWS, True),
+        "gaps": (sparse, one, context.GAPS, False),
+        "bursts": (np.sort(sparse, 1), one, context.BURSTS, False),
+        "above": (few, three, context.ABOVE, False),
+    }
+    grid = head(3, "context") + np.dtype("<f4").type(0.25).tobytes()
+    parts: dict[str, bytes] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (array, classes, way, across) in ways.items():
+        low = int(array.min())
+        layout = context.Layout(way, across, classes, low, int(array.max()) - low + 1)
+        turned = np.ascontiguousarray(array.T if across else array)
+        parts[name] = grid + context._encode_rows(turned, layout, "auto")
+        shapes[name] = array.shape
+    step = np.dtype("<f4").type(0.25).tobytes()
+    parts["blocks"] = head(3, "blocks") + step + blocks.encode(wide, block=700)
+    parts["own"] = head(2, "huffman") + records.varint(3) + table.numpy().tobytes()
+    parts["own"] += coded("huffman", np.abs(sparse) % 4)
+    parts["filter"] = head(2, "bloomier") + records.varint(3) + table.numpy().tobytes()
+    parts["filter"] += bloomier.encode(np.abs(sparse) % 4, bits=5)
+    shapes |= {"blocks": wide.shape, "own": sparse.shape, "filter": sparse.shape}
+    curve = torch.from_numpy(wide).float().reshape(-1) / 64
+    plain = {"float": curve, "half": curve.to(torch.bfloat16), "count": torch.arange(300)}
+    body, lines = b"", []
+    for name, part in parts.items():
+        body += records.varint(len(part)) + part
+        lines.append(f"{name}:{','.join(map(str, shapes[name]))}")
+    held = torch.where(curve > 0.1, curve, torch.zeros(()))
+    for name, values in {**{k: Plain(v) for k, v in plain.items()}, "thin": Sparse(held)}.items():
+        body += records.encode(values)
+        dtype = records.DTYPE_NAMES[values.tensor.dtype]
+        size = ",".join(map(str, values.tensor.shape))
+        lines.append(f"{name}:{size}" + f":{dtype}" * (dtype != "f32"))
+    manifest = {"lamina": 2, "by": "0.1.0", "skeleton": "module", "tensors": " ".join(lines)}
+    data = seal(manifest, body)
+    return data, unpack(data).state()
+
+
 if __name__ == "__main__":
-    target = GOLDEN / "version-1.lamina"
+    target = GOLDEN / "version-2.lamina"
     if target.exists():
         raise SystemExit(f"{target.name} is there: golden files never change")
-    target.write_bytes(golden())
+    data, state = second()
+    target.write_bytes(data)
+    save_file(state, target.with_suffix(".safetensors"))

@@ -43,7 +43,7 @@ class BitReader:
         FileError: the data ends too early, or a number is longer than any writer makes it.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self.data = data
         self.position = 0
         self.text = ""  # the first bits, as 0 and 1; more are added as they are needed
@@ -77,6 +77,6 @@ class BitReader:
         self.position = end
         return int(self.text[one:end], 2) - (1 << order)
 
-    def rest(self) -> bytes:
-        """Return the bytes after the last bit read, from the next whole byte on."""
-        return self.data[-(-self.position // 8) :]
+    def rest(self) -> memoryview:
+        """Return the bytes after the last bit read, from the next whole byte on; no copy."""
+        return memoryview(self.data)[-(-self.position // 8) :]

@@ -133,7 +133,7 @@ def _reader(
     def read() -> NDArray[Any]:
         if not shape[0] * shape[1]:
             return narrow(np.zeros(0, dtype=np.int64))
-        return CODECS[codec].decode(bytes(body), shape, backend=backend).reshape(-1)  # type: ignore[no-any-return]
+        return CODECS[codec].decode(body, shape, backend=backend).reshape(-1)  # type: ignore[no-any-return]
 
     return read
 

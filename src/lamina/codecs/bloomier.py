@@ -358,7 +358,7 @@ def _pack_cells(table: Ints, bits: int) -> bytes:
     return b"".join(parts)
 
 
-def _unpack_cells(data: bytes, cells: int, bits: int) -> NDArray[Any]:
+def _unpack_cells(data: bytes | memoryview, cells: int, bits: int) -> NDArray[Any]:
     held = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
     table, raw = np.zeros(cells, dtype=held), np.frombuffer(data, dtype=np.uint8)
     for begin in range(0, cells, CHUNK):

@@ -59,7 +59,7 @@ CLASSES = (2, 4, 8)
 MOST_COUNTS = 1 << 24  # in the histograms of rows; a longer side is not split into classes
 LEAST = 4096  # symbols; below, tables and classes cost more than they save
 SMALLEST_ABOVE = 1024  # symbols
-SPARSE = 0.3  # density up to which gaps are considered
+SPARSE = 0.5  # density up to which gaps are considered
 FASTER = 1.01  # gaps may be this much longer than rows, because they decode faster
 SLOWER = 0.99  # what stands above must save this much, because it decodes slower
 
@@ -109,7 +109,9 @@ def encode(symbols: NDArray[Any], *, backend: str = "auto") -> bytes:
     return _encode_rows(turned, layout, backend)
 
 
-def decode(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> NDArray[Any]:
+def decode(
+    data: bytes | memoryview, shape: Sequence[int], *, backend: str = "auto"
+) -> NDArray[Any]:
     """Return the array [shape] that `encode` was given, as int8, int16 or int32.
 
     Raises:

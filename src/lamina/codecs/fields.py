@@ -33,7 +33,7 @@ class FieldReader:
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
-        self.data = bytes(data)
+        self.data = memoryview(data)
         self.position = 0
 
     def byte(self) -> int:
@@ -59,8 +59,8 @@ class FieldReader:
         if size > len(self.data) - self.position:
             raise FileError("cannot decode a tensor", "", "a part of its code is cut off")
         self.position += size
-        return self.data[self.position - size : self.position]
+        return bytes(self.data[self.position - size : self.position])
 
-    def rest(self) -> bytes:
-        """Return what has not been read."""
+    def rest(self) -> memoryview:
+        """Return what has not been read; it is not copied."""
         return self.data[self.position :]

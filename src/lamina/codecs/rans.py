@@ -66,7 +66,9 @@ def encode(symbols: NDArray[Any], *, backend: str = "auto") -> bytes:
     return head + join(*push(index, _lookup(table, flat.size), lanes, payload, backend))
 
 
-def decode(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> NDArray[Any]:
+def decode(
+    data: bytes | memoryview, shape: Sequence[int], *, backend: str = "auto"
+) -> NDArray[Any]:
     """Return the array [shape] that `encode` was given, as int8, int16 or int32.
 
     Raises:
@@ -178,7 +180,7 @@ def _pack_offsets(offsets: Ints, width: int) -> bytes:
     return np.packbits(bits.reshape(-1)).tobytes()
 
 
-def _unpack_offsets(packed: bytes, count: int, width: int) -> Ints:
+def _unpack_offsets(packed: bytes | memoryview, count: int, width: int) -> Ints:
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count * width)
     total = np.zeros(count, dtype=np.int64)
     for column in bits.reshape(count, width).T:

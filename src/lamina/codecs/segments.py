@@ -296,7 +296,7 @@ def join(words: NDArray[Any], states: NDArray[Any]) -> bytes:
     return words.astype("<u2").tobytes() + state.to_bytes(size, "little")
 
 
-def split(rest: bytes, lanes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def split(rest: bytes | memoryview, lanes: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Undo `join`; the words get a spare zero for each lane at the end.
 
     Raises:
