@@ -87,7 +87,12 @@ def test_the_model_is_what_its_edits_say() -> None:
 
 @pytest.mark.parametrize(
     ("share", "rate", "start"),
-    [(0.75, True, "planned"), (0.75, True, "wide"), (1.0, False, "planned"), (1.2, True, "planned")],
+    [
+        (0.75, True, "planned"),
+        (0.75, True, "wide"),
+        (1.0, False, "planned"),
+        (1.2, True, "planned"),
+    ],
 )
 def test_the_file_keeps_to_its_limit(share: float, rate: bool, start: str) -> None:
     network = make_network()
