@@ -93,3 +93,19 @@ def test_a_name_no_reader_takes_is_not_written(name):
         net.register_buffer(name, torch.zeros(1))
         with pytest.raises(FileError, match="name cannot be stored"):
             pack(net, (), "module", {})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"by": "\x1b[2J"},
+        {"skeleton": "zoo:\x07"},
+        {"plan": "rdoq\x00"},
+        {"plan": {"\x1b": "rdoq"}},
+        {"edits": [["fc", "low_rank\x1b", {"rank": 2}]]},
+        {"edits": [["fc", "low_rank", {"rank\n": 2}]]},
+    ],
+)
+def test_texts_that_steer_a_terminal_are_refused(more):
+    with pytest.raises(FileError):
+        read_edits(read_manifest(json.dumps({"lamina": 2, "tensors": "", **more})))

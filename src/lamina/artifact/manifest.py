@@ -84,10 +84,10 @@ def read_manifest(text: str) -> dict[str, Any]:
     plan = manifest.setdefault("plan", {})
     if isinstance(plan, str):
         manifest["plan"] = plan = {"*": plan}
-    if not isinstance(plan, dict) or not all(isinstance(v, str) for v in plan.values()):
+    if not isinstance(plan, dict) or not all(is_text(v) for pair in plan.items() for v in pair):
         raise FileError("the manifest is not valid", "plan", "it is no map of texts")
     for key, default in (("skeleton", "module"), ("by", "")):
-        if not isinstance(manifest.setdefault(key, default), str):
+        if not is_text(manifest.setdefault(key, default)):
             raise FileError("the manifest is not valid", key, "it is no text")
     if not isinstance(manifest.get("tensors"), str):
         raise FileError("the manifest is not valid", "tensors", "it is no text")
@@ -106,7 +106,9 @@ def read_edits(manifest: Mapping[str, Any]) -> tuple[Edit, ...]:
     edits = []
     for edit in found:
         right = isinstance(edit, list) and [type(part) for part in edit] == [str, str, dict]
-        if not right or any(type(value) is not int for value in edit[2].values()):
+        if right:
+            right = all(is_text(k) and type(v) is int for k, v in edit[2].items())
+        if not right or not is_text(edit[1]):
             why = "an edit is path, form and integers"
             raise FileError("the manifest is not valid", "edits", why)
         if why := flaw_of(edit[0]):
@@ -149,6 +151,18 @@ def read_table(manifest: Mapping[str, Any]) -> list[Entry]:
     return found
 
 
+def is_text(value: object) -> bool:
+    """Whether a value may be shown to people: a text without what steers a terminal.
+
+    Example:
+        >>> is_text("rdoq"), is_text("\x1b[2J"), is_text(7)
+        (True, False, False)
+    """
+    return isinstance(value, str) and not any(
+        unicodedata.category(c) in ("Cc", "Cs") for c in value
+    )
+
+
 def flaw_of(name: str) -> str:
     """Return why a dotted name cannot be that of a tensor or a module, or `""`.
 
@@ -162,6 +176,6 @@ def flaw_of(name: str) -> str:
         return "a part of its name is empty"
     if any(c.isspace() or c == ":" for c in name):
         return "its name has a space or a colon"
-    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+    if not is_text(name):
         return "its name has a character that is none"
     return ""
