@@ -25,6 +25,7 @@ import torch
 
 from lamina import codecs
 from lamina.codecs import planes
+from lamina.codecs.fields import varint
 from lamina.errors import FileError
 from lamina.forms import Codebook, Grid, Plain, Sparse, Values
 
@@ -48,16 +49,6 @@ DTYPES = {
     "c128": torch.complex128,
 }
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
-
-
-def varint(value: int) -> bytes:
-    """Return an unsigned LEB128 integer."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def read_varint(data: memoryview, at: int) -> tuple[int, int]:

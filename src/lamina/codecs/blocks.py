@@ -10,7 +10,6 @@ line, into pieces of ceil(size / n) symbols. The last pieces may be shorter, or 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from lamina.codecs import context, rans
 from lamina.codecs.fields import FieldReader, varint
 from lamina.codecs.segments import narrow
-from lamina.codecs.symbols import Symbols, check_symbols, count_elements
+from lamina.codecs.symbols import Symbols, check_symbols, count_elements, matrix_sides
 from lamina.errors import FileError
 
 BLOCK = 1 << 24  # symbols
@@ -92,7 +91,9 @@ def pieces(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> list[
     if at + sum(taken for _, taken in heads) != len(data):
         raise _damaged("its pieces are not as long as its data")
     found: list[Piece] = []
-    for (codec, taken), (rows, cols, start) in zip(heads, cuts(_sides(shape), count), strict=True):
+    for (codec, taken), (rows, cols, start) in zip(
+        heads, cuts(matrix_sides(shape), count), strict=True
+    ):
         if codec not in CODECS:
             raise _damaged(f"a piece has codec {codec}")
         body = whole[at : at + taken]
@@ -122,7 +123,7 @@ def cuts(sides: tuple[int, int], count: int) -> list[tuple[int, int, int]]:
 
 def _split(array: Symbols, block: int) -> Iterator[Symbols]:
     """Yield the pieces of a tensor as matrices."""
-    sides = _sides(array.shape)
+    sides = matrix_sides(array.shape)
     for rows, cols, start in cuts(sides, max(1, -(-array.size // block))):
         yield array.reshape(-1)[start : start + rows * cols].reshape(rows, cols)
 
@@ -136,12 +137,6 @@ def _reader(
         return CODECS[codec].decode(body, shape, backend=backend).reshape(-1)  # type: ignore[no-any-return]
 
     return read
-
-
-def _sides(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) < 2:
-        return 1, math.prod(int(n) for n in shape)
-    return int(shape[0]), math.prod(int(n) for n in shape[1:])
 
 
 def _damaged(why: str) -> FileError:

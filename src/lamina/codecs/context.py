@@ -24,7 +24,6 @@ class and the size of the symbols above.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +39,7 @@ from lamina.codecs.fields import FieldReader, sized, varint
 from lamina.codecs.frequency import Ints
 from lamina.codecs.gaps import LONGEST, expand, fillers_of, gap_stream, gap_weights
 from lamina.codecs.segments import Lookup, count_lanes, join, narrow, pull, push, split
-from lamina.codecs.symbols import Symbols, check_symbols, count_elements
+from lamina.codecs.symbols import Symbols, check_symbols, count_elements, matrix_sides
 from lamina.codecs.tables import (
     OCTAVES,
     STEPS,
@@ -99,7 +98,7 @@ def encode(symbols: NDArray[Any], *, backend: str = "auto") -> bytes:
         True
     """
     array = check_symbols(symbols)
-    grid = array.reshape(_sides(array.shape))
+    grid = array.reshape(matrix_sides(array.shape))
     if not grid.size:
         return b""
     if not suits(grid, 1):
@@ -122,7 +121,7 @@ def decode(
         if data:
             raise _damaged("an empty tensor has no data")
         return np.zeros(tuple(shape), dtype=np.int8)
-    rows, cols = _sides(shape)
+    rows, cols = matrix_sides(shape)
     reader = FieldReader(data)
     head, most = reader.byte(), reader.byte() + 1
     way, across, precision = head & 3, bool(head & 4), PRECISIONS[head >> 5 & 3]
@@ -381,12 +380,6 @@ def _read_tables(
     if int((exponents > 0).sum(1).max()) > 1 << precision:
         raise _damaged("a table does not fit its precision")
     return frequencies(exponents, steps, precision)
-
-
-def _sides(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) < 2:
-        return 1, math.prod(int(n) for n in shape)
-    return int(shape[0]), math.prod(int(n) for n in shape[1:])
 
 
 def _damaged(why: str) -> FileError:

@@ -42,6 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.codecs import rans
+from lamina.codecs.fields import varint
 from lamina.codecs.symbols import LARGEST
 from lamina.codecs.words import (
     DELTA,
@@ -253,7 +254,7 @@ def _write_block(words: Words, kind: int, top: int, last: bool, backend: str) ->
     coded = [p for p in range(len(widths)) if mask >> p & 1]
     head = top - 8 | kind << 3
     start = bytes([head | TOP_ONLY]) if mask == 1 else bytes([head, mask])
-    sizes = [_varint(len(payloads[p])) for p in (coded[:-1] if last else coded)]
+    sizes = [varint(len(payloads[p])) for p in (coded[:-1] if last else coded)]
     return b"".join([start, *sizes, *payloads])
 
 
@@ -301,14 +302,6 @@ def _find(
     ends = at + np.cumsum(sizes)
     payloads = tuple(view[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True))
     return Block(start, stop, kind, top, tuple(coded), payloads), int(ends[-1])
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
 
 
 def _read_varint(view: memoryview, at: int) -> tuple[int, int]:

@@ -44,3 +44,15 @@ def count_elements(shape: Sequence[int]) -> int:
     if len(sides) > 32 or math.prod(max(side, 1) for side in sides) > LARGEST:
         raise FileError("cannot decode a coded tensor", str(tuple(shape)), "it is too large")
     return math.prod(sides)
+
+
+def matrix_sides(shape: Sequence[int]) -> tuple[int, int]:
+    """Return rows and columns of a tensor seen as a matrix: its first side, and all the others.
+
+    Example:
+        >>> matrix_sides((20, 5, 5)), matrix_sides((7,))
+        ((20, 25), (1, 7))
+    """
+    if len(shape) < 2:
+        return 1, math.prod(int(n) for n in shape)
+    return int(shape[0]), math.prod(int(n) for n in shape[1:])
