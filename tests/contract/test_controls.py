@@ -47,6 +47,9 @@ class Fake:
     def leave(self, site, weights, stats, settings):
         return self.call("leave", site, weights, stats, settings)
 
+    def structure(self, site, settings):
+        return ()
+
     def apply(self, network, choice, stats):
         return self.call("apply", network, choice, stats)
 

@@ -160,3 +160,21 @@ def shift(pixels: int = 2, fill: float = 0.0) -> Augment:
         return windows[torch.arange(len(x)), :, moves[0], moves[1]]
 
     return augment
+
+
+def mirror() -> Augment:
+    """Augment images by turning each left to right with probability one half.
+
+    Returns:
+        A function `(x [b, c, h, w], generator) -> x [b, c, h, w]`.
+
+    Example:
+        >>> mirror()(torch.ones(1, 1, 3, 3), torch.Generator().manual_seed(0)).shape
+        torch.Size([1, 1, 3, 3])
+    """
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        turned = torch.rand(len(x), generator=generator) < 0.5
+        return torch.where(turned[:, None, None, None], x.flip(3), x)
+
+    return augment

@@ -185,6 +185,15 @@ class Alds:
         before, after = leaf_stats(stats, encode, decode)
         return Leaf(first, inside, before), Leaf(second, outside, after)
 
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        """Return the edit that puts the pair in the layer's place.
+
+        Raises:
+            MethodError: the settings do not fit the layer.
+        """
+        folds, rank = _read(site, settings)
+        return (Edit(site.module, "low_rank", {"folds": folds, "rank": rank}),)
+
     def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
         """Return the structural edit, then the values of the new layers.
 
@@ -196,8 +205,7 @@ class Alds:
         if why := self.refuse(site):
             raise SiteError(f"{self.name} cannot serve this site", site.name, why)
         leaves = self.leave(site, weights_of(network, site), stats, choice.settings)
-        folds, rank = _read(site, choice.settings)
-        edits = [Edit(site.module, "low_rank", {"folds": folds, "rank": rank})]
+        edits = list(self.structure(site, choice.settings))
         for leaf in leaves:
             names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
             edits += [Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()]

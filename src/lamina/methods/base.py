@@ -113,6 +113,13 @@ class Method(Protocol):
         """Describe the layers left by one candidate's settings (non-final methods only)."""
         ...
 
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        """Return the structural edits of a choice without values; none if only values change.
+
+        They say what will run, so that its latency can be measured before anything is computed.
+        """
+        ...
+
     def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
         """Return the edits that carry out a choice on `network`, which is not changed.
 

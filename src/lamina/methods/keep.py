@@ -94,6 +94,10 @@ class Keep:
         """Return nothing: a final method leaves no layer for later ones."""
         return ()
 
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        """Return nothing: the layer's form stays."""
+        return ()
+
     def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
         """Return the values of every tensor of the site.
 

@@ -312,6 +312,9 @@ class KMeans:
         """Return nothing: a final method leaves no layer for later ones."""
         return ()
 
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        return ()  # the layer's form stays
+
     def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
         """Return the codebook of the weight, and the bias as it is.
 

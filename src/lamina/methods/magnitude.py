@@ -135,6 +135,10 @@ class Magnitude:
         pruned = prune(weight, _importance(site, weight, stats, score), keep)
         return (Leaf(site, {**weights, "weight": pruned}, stats),)
 
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        """Return nothing: the layer's form stays."""
+        return ()
+
     def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
         """Return the pruned weight as sparse values.
 

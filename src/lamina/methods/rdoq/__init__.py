@@ -285,6 +285,10 @@ class Rdoq:
         """Return nothing: a final method leaves no layer for later ones."""
         return ()
 
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        """Return nothing: the layer's form stays."""
+        return ()
+
     def apply(self, network: Network, choice: Choice, stats: LayerStats | None) -> list[Edit]:
         """Return the integers and steps of the weight and the bias.
 
