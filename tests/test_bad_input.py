@@ -222,7 +222,7 @@ def test_bad_data(place: Path, capsys: pytest.CaptureFixture[str], data: str, sa
         (("--size", "40%", "--methods", "rdoq,nix"), "unknown method at 'nix'; choose from"),
         (("--size", "40%", "--metric", "acuracy"), "unknown metric at 'acuracy'"),
         (("--max-drop", "1", "--data", "net.py:calibration"), "max_drop needs validation data"),
-        (("--latency", "50%"), "latency budgets cannot be planned yet"),
+        (("--latency", "2x"), "'2x' of the original's time would be slower"),
     ],
 )
 def test_bad_settings(

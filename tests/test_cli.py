@@ -15,9 +15,9 @@ import pytest
 import torch
 from tests.own import FAST, run_lamina, start_lamina, write_net
 
-from lamina import cli, cli_show
+from lamina import cli, cli_options, cli_show
 from lamina.compress import load
-from lamina.errors import InfeasibleError
+from lamina.errors import InfeasibleError, MethodError
 
 VERBS = (
     *("inspect", "compress", "plan", "apply", "recover", "evaluate", "report", "export", "bench"),
@@ -161,6 +161,100 @@ def test_plan_then_apply_gives_the_file_of_compress(
     assert (place / "a.lamina").read_bytes() == (place / "run" / "net.lamina").read_bytes()
 
 
+QUICK = ("--samples", "64", "--methods", "rdoq,kmeans")
+DATA = ("net.py:build", "--data", "net.py:loaders")
+
+
+def test_plan_explains_a_layer_and_measures_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("plan", *DATA, *QUICK, "--size", "40%", "--run", "why", "-o", "why.json")
+    assert lamina(place, monkeypatch, *words, "--explain", "2") == 0
+    out = capsys.readouterr().out
+    assert "2: linear 4 x 24\ntakes " in out
+    assert re.search(r"^Price at this budget: [\d.e-]+ nats per byte\.$", out, re.MULTILINE)
+    for chain in ("keep", "kmeans", "rdoq"):
+        assert re.search(rf"^{chain} +\d+ ", out, re.MULTILINE), chain
+    assert len(re.findall(r"^\* ", out, re.MULTILINE)) == 1
+    made = json.loads((place / "why.json").read_text(encoding="utf-8"))
+    step = made["sites"]["2"]["steps"][0]
+    assert f"takes {step['method']}(" in out
+    assert lamina(place, monkeypatch, *words, "--explain", "all") == 0
+    again = capsys.readouterr().out
+    assert re.search("^measure +done before$", again, re.MULTILINE)
+    assert re.search("^propose +done before$", again, re.MULTILINE)
+    assert [line.split()[0] for line in again.splitlines() if " takes " in line] == [
+        "layer", "0", "2",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_is_explained_without_a_budget(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("plan", *DATA, "--samples", "64", "--methods", "rdoq", "--run", "run", "-o", "no.json")
+    assert lamina(place, monkeypatch, *words, "--explain", "0") == 0
+    out = capsys.readouterr().out
+    assert re.search("^propose +done before$", out, re.MULTILINE)
+    made = json.loads((place / "run" / "plan.json").read_text(encoding="utf-8"))
+    step = made["sites"]["0"]["steps"][0]["settings"]["step"]
+    assert f"takes rdoq(step={step:.4g}" in out
+    assert lamina(place, monkeypatch, *words) == 0
+    assert "x smaller), predicted error" in capsys.readouterr().out
+    assert not (place / "no.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "30%", "--explain", "fc1"], "the layers are 0, 2"),
+        (["--size", "30%", "--explain", "2.weight"], "did you mean '2'?"),
+        (["--explain", "0"], "the budget is empty"),
+        (["--run", "nowhere", "--explain", "0"], "cannot read the plan"),
+        (["--size", "30%", "--run", "."], "it is not a run folder"),
+    ],
+)
+def test_what_cannot_be_explained_is_code_2(
+    words: list[str], said: str, place: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert lamina(place, monkeypatch, "plan", *DATA, *QUICK, *words, "-o", "never.json") == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1
+    assert not (place / "never.json").exists()
+
+
+def test_the_report_of_a_run_shows_why(place: Path) -> None:
+    facts = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
+    assert list(facts["curves"]) == ["0", "2"]
+    for site in facts["sites"]:
+        (taken,) = [p for p in facts["curves"][site["site"]] if p["taken"]]
+        assert taken["steps"] == site["chain"]
+    assert facts["prices"]["bytes"] > 0
+    printed = (place / "out.txt").read_text(encoding="utf-8")
+    assert "What each layer could have been" in printed
+    page = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<details") == 2 and page.count('class="mark taken"') >= 2
+
+
+def test_limits_go_together(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ("--size", "60%", "--macs", "90%", "--params", "90%", "--max-drop", "30")
+    words = ("plan", *DATA, "--samples", "64", "--methods", "alds,rdoq", *limits, "-o", "l.json")
+    assert lamina(place, monkeypatch, *words) == 0
+    made = json.loads((place / "l.json").read_text(encoding="utf-8"))
+    assert set(made["budget"]) == {"size", "macs", "params", "max_drop"}
+    share = {"bits": 0.6, "macs": 0.9, "params": 0.9}
+    for name, most in share.items():
+        assert made["predicted"][name] <= most * made["original"][name]
+    for verb in ("plan", "compress"):
+        assert cli.main([verb, "--help"]) == 0
+        page = capsys.readouterr().out
+        assert all(
+            f"--{name} " in page for name in ("size", "macs", "params", "latency", "max-drop")
+        )
+
+
 def test_recover_trains_a_plan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("net.py:build", "run/plan.json", "--data", "net.py:loaders", "--samples", "64")
     assert lamina(place, monkeypatch, "recover", *words, "--epochs", "6", "-o", "run3") == 0
@@ -251,6 +345,10 @@ def help_page(capsys: pytest.CaptureFixture[str]) -> str:
         (["methods", "nix"], "unknown method"),
         (["export", "x.lamina", "--to", "onnx", "-o", "x.onnx"], "comes with a later version"),
         (["report", "nowhere"], "nowhere"),
+        (["compress", "lenet-5", "--recipe", "nix"], "unknown recipe at 'nix'; choose from "),
+        (["compress", "lenet-5", "--recipe", "nix", "--set", "a=1"], "unknown recipe at 'nix'"),
+        (["compress", "lenet-5", "--size", "2%", "--set", "a=1"], "--set needs a recipe at a=1"),
+        (["compress", "lenet-5", "--recipe", "weightless", "--set", "a"], "write NAME=VALUE"),
         (["decompress", "x.lamina"], "Missing option '-o'"),
         (["decompress", "x.lamina", "-o", "x.npz"], "end in .safetensors or .pt"),
         (["decompress", "x.lamina", "-o", "x.pt"], "cannot read the file at x.lamina"),
@@ -322,3 +420,43 @@ def test_run_names_are_made_of_model_and_budget() -> None:
     assert cli_show.slug("a b/net.lamina", {"macs": "50%", "max_drop": 0.3}) == (
         "net-macs-50pct-max_drop-0.3"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "value"),
+    [
+        (["pruning.density=0.05"], "pruning.density", 0.05),
+        (["bits.fc1=6", "bits.fc2=5"], "bits", {"fc1": 6, "fc2": 5}),
+        (["bits.block.0.fc1=6"], "bits", {"block.0.fc1": 6}),
+        (["start=exact"], "start", "exact"),
+        (['start="exact"', "epochs=3"], "epochs", 3),
+        (['pruning.keep={"conv": 0.5}'], "pruning.keep", {"conv": 0.5}),
+    ],
+)
+def test_settings_of_a_recipe(given: list[str], path: str, value: object) -> None:
+    found = cli_options.read_recipe("deep-compression", given)
+    for name in path.split("."):
+        found = getattr(found, name)
+    if isinstance(value, dict):
+        assert value.items() <= found.items()
+    else:
+        assert found == value
+    assert cli_options.read_recipe("deep-compression", None) == "deep-compression"
+    assert cli_options.read_recipe("low-rank", ['exclude=["fc*"]']).exclude == ("fc*",)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("density=0.05", "there are pruning, bits, start"),
+        ("pruning.nix=1", "there are density, keep"),
+        ("pruning=0.05", "it holds others; pruning.NAME=VALUE"),
+        ("epochs.x=1", "it is a single value"),
+        ("bits.fc1=ten", "bits is a whole number"),
+        ("start=middle", "unknown start"),
+        ("lr=fast", "a learning rate is over 0"),
+    ],
+)
+def test_settings_that_cannot_be_used(given: str, said: str) -> None:
+    with pytest.raises(MethodError, match=re.escape(said)):
+        cli_options.read_recipe("deep-compression", [given])

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,6 +19,7 @@ from lamina.cli_options import (
     Against,
     DataName,
     Document,
+    Explain,
     File,
     Latency,
     Lossless,
@@ -31,7 +31,9 @@ from lamina.cli_options import (
     Out,
     Params,
     Recipe,
+    RecipeSettings,
     Recover,
+    Reuse,
     RunPath,
     Samples,
     Seed,
@@ -42,11 +44,10 @@ from lamina.cli_options import (
     read_limits,
     read_metric,
     read_names,
+    read_recipe,
 )  # fmt: skip
+from lamina.cli_run import carry_out, open_both, run_folder, write_dense
 from lamina.errors import DataError, FileError
-
-if TYPE_CHECKING:
-    from lamina.run import RunFolder
 
 TOP = """Compress a trained PyTorch network to a budget.
 
@@ -103,7 +104,7 @@ def inspect(
     from lamina.network.load import check_network
     from lamina.stages import Way, measured, offered
 
-    network, loaders = _open(model, data, skeleton)
+    network, loaders = open_both(model, data, skeleton)
     check_network(network)
     sites = discover(network)
     if loaders is None:
@@ -120,7 +121,7 @@ def inspect(
         "compress lenet-5 --data mnist-10k --size 1%",
         "compress net.py:build --data net.py:loaders --size 20x --max-drop 0.5 -o runs/mine",
         "compress lenet-5 --size 4x                    (data-free, never trains)",
-        "compress lenet-5 --data mnist-10k --recipe deep-compression",
+        "compress lenet-5 --data mnist-10k --recipe deep-compression --set pruning.density=0.05",
     )
 )
 def compress(
@@ -128,7 +129,7 @@ def compress(
     params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
     recover: Recover = "auto", methods: Methods = None, metric: MetricName = None,
     samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, recipe: Recipe = None,
-    lossless: Lossless = False, out: RunPath = None,
+    settings: RecipeSettings = None, lossless: Lossless = False, out: RunPath = None,
 ) -> None:  # fmt: skip
     """Go the whole way, from a network to a small file.
 
@@ -141,42 +142,40 @@ def compress(
     budget = read_limits(size, macs, params, latency, max_drop, needed=not (recipe or lossless))
     kind = {"recipe": recipe} if recipe else {"lossless": ""} if lossless else {}
     folder = out or Path("runs") / show.slug(model, kind | (budget.to_json() if budget else {}))
-    with _run(folder) as run:
-        _carry_out(
+    with run_folder(folder) as run:
+        carry_out(
             run, model, data, skeleton, budget, recover=read_epochs(recover),
             methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
-            recipe=recipe, lossless=lossless,
+            recipe=read_recipe(recipe, settings), lossless=lossless,
         )  # fmt: skip
 
 
-@app.command(epilog=_examples("plan lenet-5 --data mnist-10k --size 2% -o plan.json"))
+@app.command(
+    epilog=_examples(
+        "plan lenet-5 --data mnist-10k --size 2% -o plan.json",
+        "plan lenet-5 --data mnist-10k --size 2% --explain fc1",
+        "plan lenet-5 --data mnist-10k --run runs/lenet-5-2pct --explain all",
+    )
+)
 def plan(
     model: Model, data: DataName = None, size: Size = None, macs: Macs = None,
     params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
     methods: Methods = None, metric: MetricName = None, samples: Samples = 1000, seed: Seed = 0,
-    skeleton: Skeleton = None, out: Out = Path("plan.json"),
+    skeleton: Skeleton = None, explain: Explain = None, run: Reuse = None,
+    out: Out = Path("plan.json"),
 ) -> None:  # fmt: skip
-    """Decide what each layer will undergo, as plan.json."""
-    from lamina.network.discover import discover
-    from lamina.network.load import check_network
-    from lamina.plan.chains import choose_methods
-    from lamina.stages import Way, measured, offered, planned
+    """Decide what each layer will undergo, as plan.json.
 
-    budget = read_budget(size, macs, params, latency, max_drop)
-    names = read_names(methods)
-    choose_methods(names)
-    network, loaders = _open(model, data, skeleton)
-    check_network(network)
-    with show.progress_bar() as watch:
-        way = Way(
-            network, loaders, budget, methods=tuple(names) if names else None,
-            metric=read_metric(metric) or "auto", samples=samples, seed=seed, watch=watch,
-        )  # fmt: skip
-        sites = discover(network)
-        stats = measured(way, sites)
-        made = planned(way, sites, stats, offered(way, sites, stats))
-    made.save(out)
-    show.say(f"{made.show()}\nplan: {out}")
+    With --explain say why: what every method offers for a layer, what each point costs, the point
+    taken and the price at this budget. Nothing is changed and nothing is trained.
+    """
+    from lamina.cli_plan import decide
+
+    budget = read_limits(size, macs, params, latency, max_drop, needed=run is None)
+    decide(
+        model, data, skeleton, budget, explain=explain, reuse=run, out=out,
+        methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
+    )  # fmt: skip
 
 
 @app.command(epilog=_examples("apply lenet-5 plan.json --data mnist-10k -o net.lamina"))
@@ -193,7 +192,7 @@ def apply(
     from lamina.plan import Plan
 
     decided = Plan.load(document)
-    network, loaders = _open(model, data, skeleton)
+    network, loaders = open_both(model, data, skeleton)
     with show.progress_bar() as watch:
         result = go(
             network, loaders, plan=decided, recover=None, samples=samples, seed=seed, watch=watch
@@ -214,8 +213,8 @@ def recover(
 
     decided = Plan.load(document)
     folder = out or Path("runs") / show.slug(model, {"plan": document.stem})
-    with _run(folder) as run:
-        _carry_out(
+    with run_folder(folder) as run:
+        carry_out(
             run, model, data, skeleton, None, plan=decided, recover=read_epochs(epochs),
             metric=read_metric(metric), samples=samples, seed=seed,
         )  # fmt: skip
@@ -239,13 +238,13 @@ def evaluate(
     wanted = metric_named(read_metric(metric) or "accuracy")
     if split not in ("validation", "test", "train", "calibration"):
         raise DataError("unknown split", repr(split), "", "give validation, test or train")
-    network, loaders = _open(model, data, skeleton, own_data=True)
+    network, loaders = open_both(model, data, skeleton, own_data=True)
     loader = getattr(loaders, split, None)
     if loader is None:
         raise DataError(f"no {split} data", data or "--data", "", "give another --split or --data")
     original = None
     if wanted.name in LABEL_FREE:
-        original, _ = _open(against or skeleton or show.origin_of(model), data, None)
+        original, _ = open_both(against or skeleton or show.origin_of(model), data, None)
     value = judge(network, loader, wanted, original=original)
     show.say(f"{wanted.name} {value:.4f} {wanted.unit}".rstrip() + f" ({split})")
 
@@ -275,7 +274,7 @@ def export(
             "cannot export", f"--to {to}", "this format comes with a later version",
             "use --to safetensors, or lamina.load() and torch.onnx.export",
         )  # fmt: skip
-    _decompress(file, out, "safetensors")
+    write_dense(file, out, "safetensors")
 
 
 @app.command(
@@ -290,7 +289,7 @@ def decompress(file: File, out: Out) -> None:
     As safetensors, or as a state dict (.pt, .pth). The names are those of the compressed network:
     of a layer that became two, the names of both. Tied tensors are written once. Needs no skeleton.
     """
-    _decompress(file, out)
+    write_dense(file, out)
 
 
 @app.command(epilog=_examples("bench net.lamina", "bench net.lamina --against lenet-5"))
@@ -303,8 +302,8 @@ def bench(
     """
     from lamina.report.compare import measure_latency
 
-    network, _ = _open(model, data, skeleton)
-    original, _ = _open(against or skeleton or show.origin_of(model), data, None)
+    network, _ = open_both(model, data, skeleton)
+    original, _ = open_both(against or skeleton or show.origin_of(model), data, None)
     found, why = measure_latency(original, network.module)
     if found is None:
         raise DataError("nothing to time the networks on", model, why, "give --data")
@@ -348,51 +347,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return show.explain(error)
     return 0
-
-
-@contextmanager
-def _run(folder: Path) -> Iterator[RunFolder]:
-    """Open a run folder; errors that leave it say which one it was."""
-    from lamina.run import open_run
-
-    try:
-        with open_run(folder) as run:
-            yield run
-    except (Exception, KeyboardInterrupt) as error:
-        error.run_folder = folder  # type: ignore[union-attr]
-        raise
-
-
-def _carry_out(
-    run: RunFolder, model: str, data: str | None, skeleton: str | None, budget: Any, **settings: Any
-) -> None:
-    """Run `compress` into a run folder, and print its report."""
-    from lamina.compress import compress as go
-
-    network, loaders = _open(model, data, skeleton)
-    with show.progress_bar() as watch:
-        result = go(network, loaders, budget, run=run, watch=watch, **settings)
-    show.say(result.report.table())
-    show.say(f"\nnetwork  {run.path / 'net.lamina'}\nplan     {run.path / 'plan.json'}"
-             f"\nreport   {run.path / 'report.html'}")  # fmt: skip
-
-
-def _open(
-    model: str, data: str | None, skeleton: str | None, own_data: bool = False
-) -> tuple[Any, Any]:
-    """Return the network and its data: what was named, or with `own_data` what it brings along."""
-    from lamina.data import as_data, load
-    from lamina.opening import open_model
-
-    loaders = load(data) if data is not None else None
-    network = open_model(model, None, loaders, skeleton)
-    return network, as_data(network.data) if own_data and loaders is None else loaders
-
-
-def _decompress(file: Path, out: Path, to: str = "") -> None:
-    from lamina import artifact
-
-    show.show_written(artifact.decompress(file, out, to), out)
 
 
 if __name__ == "__main__":

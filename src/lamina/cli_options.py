@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lamina.errors import MethodError
 
 if TYPE_CHECKING:
     from lamina.plan import Budget
@@ -32,7 +37,13 @@ Methods = Annotated[
 ]
 Recipe = Annotated[
     str | None,
-    typer.Option(help="Follow a paper as a whole: deep-compression or weightless. It trains."),
+    typer.Option(help="Follow a paper as a whole, e.g. deep-compression; a wrong name lists all."),
+]
+RecipeSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A setting of the recipe; may be given several times."
+    ),
 ]
 Lossless = Annotated[
     bool, typer.Option("--lossless", help="Change nothing: every tensor bit for bit, smaller.")
@@ -52,6 +63,14 @@ Skeleton = Annotated[
 Against = Annotated[
     str | None,
     typer.Option(help="The original to compare with: a MODEL; default: the file's own."),
+]
+Explain = Annotated[
+    str | None,
+    typer.Option(metavar="LAYER", help="Say why: what was to choose for LAYER; all: in a line."),
+]
+Reuse = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Use what a run measured; without a budget also its plan."),
 ]
 RunPath = Annotated[Path | None, typer.Option("-o", "--out", help="Run folder.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The file to write.")]
@@ -91,3 +110,60 @@ def read_metric(text: str | None) -> Any:
     from lamina.network.load import load_function
 
     return load_function(text)
+
+
+def read_recipe(name: str | None, settings: Sequence[str] | None) -> Any:
+    """Return the recipe: its name, or with settings its dataclass with these changed.
+
+    Args:
+        name: of the recipe, or None.
+        settings: `name=value` each; a dot leads into a setting that holds others, and a value is
+            JSON or else text.
+
+    Raises:
+        MethodError: settings without a recipe, or that it does not have.
+
+    Example:
+        >>> made = read_recipe("deep-compression", ["pruning.density=0.05", "bits.fc1=4"])
+        >>> made.pruning.density, made.bits["fc1"], made.start
+        (0.05, 4, 'linear')
+    """
+    if not settings:
+        return name
+    from lamina.recipes import RECIPES, recipe_named
+
+    if name is None:
+        raise MethodError("--set needs a recipe", settings[0], "", "give --recipe NAME")
+    recipe: Any = RECIPES[name]() if name in RECIPES else recipe_named(name)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise MethodError("cannot read a setting", repr(setting), "", "write NAME=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        try:
+            recipe = changed(recipe, path.strip(), value)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise MethodError("a setting cannot be used", setting, str(error)) from None
+    return recipe
+
+
+def changed(settings: Any, path: str, value: Any) -> Any:
+    """Return settings with one changed; a mapping takes the whole rest of the path as its key."""
+    if isinstance(settings, Mapping):
+        return {**settings, path: value}
+    name, _, rest = path.partition(".")
+    names = [f.name for f in fields(settings)] if is_dataclass(settings) else []
+    if name not in names:
+        why = f"there are {', '.join(names)}" if names else "it is a single value"
+        raise MethodError("no such setting of the recipe", repr(path), why)
+    old = getattr(settings, name)
+    if rest:
+        value = changed(old, rest, value)
+    elif is_dataclass(old) or isinstance(old, Mapping) != isinstance(value, Mapping):
+        raise MethodError("a setting cannot be used", path, "it holds others", f"{path}.NAME=VALUE")
+    if isinstance(old, tuple) and isinstance(value, list):  # JSON has no tuples
+        value = tuple(value)
+    return replace(settings, **{name: value})

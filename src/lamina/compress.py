@@ -13,6 +13,7 @@ from lamina import artifact
 from lamina.data import as_data
 from lamina.data import load as load_data
 from lamina.errors import BudgetError, DataError, InfeasibleError
+from lamina.measure.clock import check_timed
 from lamina.measure.quality import metric_named
 from lamina.measure.stats import Stats
 from lamina.network.discover import discover
@@ -22,7 +23,6 @@ from lamina.opening import load, open_model, save
 from lamina.plan import Budget, Plan
 from lamina.plan.apply import check_fits
 from lamina.plan.chains import choose_methods
-from lamina.plan.decide import check_limits
 from lamina.plan.lossless import keep_all
 from lamina.recipes import Followed, check_data, recipe_named
 from lamina.report import Report, collect
@@ -37,12 +37,11 @@ from lamina.stages import (
     metric_of,
     offered,
     packed,
-    planned,
     recovered_or_none,
-    refit,
     size_limit,
 )
 from lamina.train import Recovery
+from lamina.verify import judged, planned, refit
 
 __all__ = [
     "Result",
@@ -111,7 +110,8 @@ def compress(
         seed: of everything random.
         plan: a plan to carry out instead of making one.
         recipe: a published way to follow as a whole instead: `"deep-compression"`, `"weightless"`,
-            or its settings (`lamina.recipes`). It trains; a budget is only checked at the end.
+            `"low-rank"`, `"filters"`, or its settings (`lamina.recipes`). The first two train; a
+            budget is only checked at the end, but for one on `params` of the last two.
         lossless: keep every tensor bit for bit; the file is only coded smaller. Needs no budget; a
             size is checked at the end, and nothing else can be asked for.
         run: an open run folder to keep stage outputs in, and to continue from.
@@ -143,7 +143,7 @@ def compress(
         if plan is not None:
             check_fits(plan, way.network, sites)
         check_metric(way)
-        if follows:
+        if follows and follows.trains:
             check_data(way.data, follows.name)
     stats = measured(way, sites)
     if follows:
@@ -175,7 +175,9 @@ def compress(
             metric=metric_of(way), samples=stats.samples, seed=way.seed, limit=limit,
             history=recovered.history if recovered else None,
             recovery=vars(way.recovery) if recovered and way.recovery else None,
+            candidates=candidates,
         )  # fmt: skip
+        facts = judged(way, facts, final.model)
     made = Report({**facts, "notes": [*facts["notes"], *way.notes], "stages": way.stages})
     if way.folder:
         made.save(way.folder.path)
@@ -198,8 +200,9 @@ def _settled(way: Way, sites: Sites, stats: Stats, followed: Followed, limited: 
         file = packed(final, chosen)
         package = artifact.unpack(file)
     with way.timed("report"):
+        edited = followed.applied or applied(way, chosen, sites, stats)
         facts = collect(
-            way.network, way.data, sites, chosen, applied(way, chosen, sites, stats), final,
+            way.network, way.data, sites, chosen, edited, final,
             package, len(file), metric=metric_of(way), samples=stats.samples, seed=way.seed,
             limit=limit, history=followed.history, recovery=followed.settings,
         )  # fmt: skip
@@ -277,7 +280,6 @@ def _begin(
         raise BudgetError("no budget", "", "something must be met", "give budget='2%', say")
     given: Any = budget if budget is not None or plan is None else plan.budget or "100%"
     limits = Budget.parse(given)
-    check_limits(limits)
     choose_methods(methods)
     if metric is not None:
         metric_named(metric)
@@ -288,6 +290,8 @@ def _begin(
     if limits.max_drop is not None and (loaders is None or loaders.validation is None):
         raise DataError("max_drop needs validation data", "data.validation", "", "give some")
     network = open_model(model, example_inputs, loaders)
+    if limits.latency is not None and plan is None:
+        check_timed(network)
     return Way(
         network=network,
         data=loaders,

@@ -75,11 +75,11 @@ def _skeleton(source: str, where: str, trust: Sequence[str] = ()) -> Network:
     Raises:
         FileError: it cannot be rebuilt without the caller's help.
     """
-    from lamina.zoo import build, names, zoo
+    from lamina.zoo import names, untrained
 
     kind, _, name = source.partition(":")
     if kind == "zoo" and name in names():
-        return replace(zoo(name), module=build(name))
+        return untrained(name)
     if kind == "python" and source in trust:
         return open_network(name)
     raise FileError(

@@ -13,21 +13,23 @@ import torch
 
 from lamina import artifact
 from lamina.data import Data, inputs_of, labels_of
-from lamina.errors import BudgetError, DataError, InfeasibleError
 from lamina.measure.calibrate import calibrate
+from lamina.measure.clock import Timer, check_timed, inputs_key, machine_key
+from lamina.measure.latency import LatencyTable, measure_table, structure_key
 from lamina.measure.quality import evaluate, metric_named
-from lamina.measure.stats import Stats
+from lamina.measure.spectra import cached
+from lamina.measure.stats import Cost, Stats
 from lamina.measure.store import dump_stats, parse_stats
-from lamina.methods.base import Candidate
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
 from lamina.plan.chains import dump_candidates, parse_candidates
+from lamina.plan.costs import fixed_cost, original_cost
+from lamina.plan.seconds import structures_of, with_seconds
 from lamina.run import RunFolder, key_of
 from lamina.train import Recovered, Recovery, recalibrate, recover
 from lamina.train.checkpoint import read_checkpoint, write_checkpoint
 
-SLACK_ERROR = 5e-4  # [nats per sample] predicted error from which rate pressure starts walking
 SMALL_ERROR = 1e-4  # [nats per sample] below this "auto" does not train
 Watch = Callable[[str, int, int, str], None]  # stage, done, total, text
 
@@ -47,6 +49,12 @@ class Way:
     seed: int = 0
     folder: RunFolder | None = None
     watch: Watch | None = None
+    threads: int = 1  # of torch while latency is measured
+    timer: Timer | None = None
+    table: LatencyTable | None = None  # of this network, where a latency is asked for
+    costs: tuple[Cost, Cost] | None = None  # of the original, and of what no choice can change
+    seconds: float | None = None  # what a plan may be predicted to take, so that it really fits
+    rounds: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -124,101 +132,85 @@ def data_key(data: Data | None) -> str:
 def offered(way: Way, sites: Sites, stats: Stats) -> Candidates:
     """Return the candidates, from the run folder where they are there."""
     with way.timed("propose") as note:
-        key = key_of(
-            "offers", stats.network, data_key(way.data), stats.samples, way.seed, way.methods
-        )
+        # Where bytes are not limited, what only changes how values are stored has nothing to offer.
+        count = way.budget.size is not None or way.budget.max_drop is not None
+        asked = stats.network, data_key(way.data), stats.samples, way.seed, way.methods, count
+        key = key_of("offers", *asked)
 
         def make() -> bytes:
-            return dump_candidates(
-                propose(way.network, sites, stats, way.methods, way.say("propose"))
-            )
+            tell = way.say("propose")
+            with cached(way.folder.path / "spectra" if way.folder else None):
+                return dump_candidates(
+                    propose(way.network, sites, stats, way.methods, tell, bytes_count=count)
+                )
 
-        return parse_candidates(way.stored("candidates", key, ".json", make, note))
-
-
-def planned(way: Way, sites: Sites, stats: Stats, candidates: Candidates) -> Plan:
-    """Make the plan; where training will squeeze the file, one that still works is its start.
-
-    A second-order prediction says nothing about a network that has lost 99 % of its bytes, and from
-    such a plan training has no way back. So where rate pressure will follow, the plan is the
-    smallest one that is predicted to work (`SLACK_ERROR`), and the pressure walks to the limit.
-    Where bytes are all that is limited such a start holds grids only: what pruning and low rank
-    would save there the pressure finds by itself, and each of them adds to the file's header.
-    """
-    if way.budget.max_drop is not None:
-        return searched(way, sites, stats, candidates)
-    if way.budget.size is None or not squeezable(way, candidates):
-        return plan(way.network, sites, stats, candidates, way.budget)
-    roomy = plan(way.network, sites, stats, candidates, replace(way.budget, size="100%"))
-    limit = size_limit(way, roomy) or 0.0
-    if limit >= smallest_working(roomy):
-        return plan(way.network, sites, stats, candidates, way.budget)
-    if way.budget.macs is None and way.budget.params is None:
-        candidates = {name: tuple(filter(on_grid, offers)) for name, offers in candidates.items()}
-        roomy = plan(way.network, sites, stats, candidates, replace(way.budget, size="100%"))
-    size = max(limit, 1.02 * smallest_working(roomy))
-    try:
-        made = plan(way.network, sites, stats, candidates, replace(way.budget, size=size))
-    except InfeasibleError:
-        return plan(way.network, sites, stats, candidates, way.budget)
-    return replace(made, budget=way.budget.to_json())
+        found = parse_candidates(way.stored("candidates", key, ".json", make, note))
+    return found if way.budget.latency is None else clocked(way, sites, found)
 
 
-def smallest_working(roomy: Plan) -> float:
-    """Return the smallest size on a plan's curve that is predicted to work [bytes]."""
-    return min((size for size, error in roomy.curve if error <= SLACK_ERROR), default=0.0)
-
-
-def on_grid(candidate: Candidate) -> bool:
-    """Whether a candidate only puts a layer's values on a grid, which rate pressure can squeeze."""
-    return len(candidate.steps) == 1 and candidate.steps[0].method == "rdoq"
-
-
-def squeezable(way: Way, candidates: Candidates) -> bool:
-    """Whether recovery with rate pressure will run, and every site can be held on a grid."""
-    trains = way.recovery is not None and way.recovery.rate and way.data is not None
-    if not trains or way.data is None or way.data.train is None:
-        return False
-    return all(any(map(on_grid, offers)) for offers in candidates.values())
-
-
-def searched(way: Way, sites: Sites, stats: Stats, candidates: Candidates) -> Plan:
-    """Find the smallest size whose validation metric drops by at most `max_drop` points.
+def clocked(way: Way, sites: Sites, candidates: Candidates) -> Candidates:
+    """Measure what the candidates' structures take, and return those that save time, or keep it.
 
     Raises:
-        DataError: there is no validation data.
-        InfeasibleError: the largest plan within the other limits drops by more already.
+        BudgetError: there are no example inputs, or the network does not take them.
     """
-    if way.data is None or way.data.validation is None:
-        raise DataError("max_drop needs validation data", "data.validation", "", "give some")
-    metric, validation = metric_named(metric_of(way)), way.data.validation
-    before = evaluate(way.network.module, validation, metric, original=way.network)
-    allowed = float(way.budget.max_drop or 0)
-    size = way.budget.size if way.budget.size is not None else "100%"
-    others = replace(way.budget, max_drop=None, size=size)
+    check_timed(way.network)
+    with way.timed("time") as note:
+        given = structures_of(way.network, sites, candidates)
+        keys = {n: [path, [structure_key(path, s) for s in g]] for n, (path, g) in given.items()}
+        key = key_of("latency", *clock_key(way), keys)
 
-    def drop_of(trial: Plan) -> float:
-        model = applied(way, trial, sites, stats).model
-        return metric.drop(before, evaluate(model, validation, metric, original=way.network))
+        def make() -> bytes:
+            return measure_table(
+                way.network, given, threads=way.threads, timer=way.timer, progress=way.say("time")
+            ).dump()
 
-    best = plan(way.network, sites, stats, candidates, others)
-    if (drop := drop_of(best)) > allowed:
-        raise InfeasibleError(
-            "no plan fits the budget", way.budget.describe(),
-            f"the best within its other limits loses {drop:.2f} of {metric.name} before training",
-            f"the nearest feasible budget is max_drop={drop:.2f}", {"max_drop": drop},
-        )  # fmt: skip
-    sizes = sorted(b for b, _ in best.curve if b <= best.predicted.bits / 8)
-    low, high = 0, len(sizes) - 1
-    while low < high:  # the metric falls with the size, near enough
-        middle = (low + high) // 2
-        smaller = replace(others, size=sizes[middle] * 1.0001)
-        trial = plan(way.network, sites, stats, candidates, smaller)
-        if drop_of(trial) <= allowed:
-            high, best = middle, trial
-        else:
-            low = middle + 1
-    return replace(best, budget=way.budget.to_json())
+        way.table = LatencyTable.parse(way.stored("latency", key, ".json", make, note))
+        way.costs = None
+        kept, dropped = with_seconds(way.network, sites, candidates, way.table)
+        count = sum(len(g) for _, g in given.values())
+        way.notes.append(
+            f"Latency: {count} structures for {len(given)} layers were timed at the example inputs "
+            f"({way.threads} thread{'s' * (way.threads > 1)}); {dropped} are not faster than the "
+            f"layer they replace and were dropped, {way.table.missed} of them untimed."
+        )
+    return kept
+
+
+def clock_key(way: Way) -> list[Any]:
+    """Return what a measured time depends on, whatever is measured."""
+    network = way.network
+    shape = key_of(repr(network.module), inputs_key(network))
+    return [network.digest(), shape, *machine_key(way.threads)]
+
+
+def solved(
+    way: Way, sites: Sites, stats: Stats, candidates: Candidates, budget: Budget
+) -> Plan:  # fmt: skip
+    """Make the plan of least predicted error for one budget; what cannot change is counted once."""
+    if way.costs is None:
+        original, fixed = original_cost(way.network, sites), fixed_cost(way.network, sites)
+        if way.table is not None:
+            original = replace(original, seconds=way.table.whole)
+            fixed = replace(fixed, seconds=way.table.fixed)
+        way.costs = original, fixed
+    original, fixed = way.costs
+    return plan(way.network, sites, stats, candidates, budget, original=original, fixed=fixed)
+
+
+def noted(
+    way: Way, why: str, asked: str, made: Plan, found: dict[str, float]
+) -> dict[str, Any]:  # fmt: skip
+    """Add a round of a loop to the report, and return its row; `kept` is false until it is set."""
+    predicted = {"bytes": made.predicted.bits / 8, "error": made.error}
+    if way.table is not None:
+        predicted["seconds"] = made.predicted.seconds
+    row: dict[str, Any] = {
+        "round": len(way.rounds) + 1, "why": why, "asked": asked, "predicted": predicted,
+        "measured": found, "kept": False, "note": "",
+    }  # fmt: skip
+    way.rounds.append(row)
+    return row
 
 
 def metric_of(way: Way) -> Any:
@@ -321,23 +313,3 @@ def keeps_applied(
         f"and the plan as applied, which fits as well, {before:.2f} ({metric.name})."
     )
     return True
-
-
-def refit(
-    way: Way, sites: Sites, stats: Stats, candidates: Candidates,
-    chosen: Plan, edited: Edited, file: bytes, limit: float,
-) -> tuple[Plan, Edited, bytes]:  # fmt: skip
-    """Plan again, a little smaller, while the measured file is over the limit (three rounds)."""
-    wanted = limit
-    for _ in range(3):
-        if len(file) <= limit:
-            break
-        wanted -= len(file) - limit + 8
-        try:
-            tighter = plan(way.network, sites, stats, candidates, replace(way.budget, size=wanted))
-        except (InfeasibleError, BudgetError):
-            break
-        chosen = replace(tighter, budget=way.budget.to_json())
-        edited = applied(way, chosen, sites, stats)
-        file = packed(edited, chosen)
-    return chosen, edited, file

@@ -65,6 +65,7 @@ VALUES: tuple[Any, ...] = (
     "zoo:no",
     "python:os.py:system",
     "low_rank",
+    "tucker",
     "values",
 )
 SIDES = (

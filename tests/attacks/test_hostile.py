@@ -145,6 +145,18 @@ def test_wild_integers_build_nothing(rank, folds):
         restore(unpack(data), wide_net(400))
 
 
+@pytest.mark.parametrize("outputs", [0, -1, 33, 1 << 20, 1 << 40, 1 << 63, 1 << 200])
+@pytest.mark.parametrize("inputs", [0, -1, 1, 3, 1 << 40])
+def test_wild_ranks_build_nothing(outputs, inputs):
+    from torch import nn
+
+    from lamina.artifact import restore
+
+    data = seal({"edits": [["0", "tucker", {"outputs": outputs, "inputs": inputs}]]})
+    with pytest.raises(FileError):
+        restore(unpack(data), nn.Sequential(nn.Conv2d(32, 32, 3)))
+
+
 def test_edits_within_edits_do_not_grow():
     """Each would add a layer as large as the one before: a line of JSON for a megabyte."""
     import tracemalloc

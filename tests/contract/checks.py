@@ -253,7 +253,7 @@ def check_touch(method: Method, case: Case) -> None:
             assert name.startswith(inside), f"{site.name}: {name} appeared"
         for name in mine & set(after) & set(before):
             assert after[name][:2] == before[name][:2], f"{name}: dtype or shape"
-        kinds = {dtype for dtype, _, _ in before.values()}
+        kinds = {dtype for dtype, _, _ in before.values()} | {torch.int64}  # an index
         assert {dtype for dtype, _, _ in after.values()} <= kinds, f"{site.name}: a new dtype"
         devices = {p.device for p in network.module.parameters()}
         assert devices == {p.device for p in case.network.module.parameters()}

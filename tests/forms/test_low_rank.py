@@ -120,11 +120,122 @@ def test_the_pair_keeps_dtype_flags_and_bias_and_spends_no_random_numbers() -> N
         (nn.ConvTranspose2d(4, 4, 3), {"folds": 1, "rank": 1}),
         (nn.Embedding(4, 4), {"folds": 1, "rank": 1}),
         (nn.ReLU(), {"folds": 1, "rank": 1}),
+        (nn.Conv2d(4, 4, 3), {"folds": 1, "rank": 1, "scheme": 4}),
+        (nn.Conv2d(4, 4, 3), {"folds": 1, "rank": 1, "scheme": -1}),
+        (nn.Conv2d(4, 4, 3), {"folds": 1, "rank": 1, "scheme": 1 << 80}),
+        (nn.Conv2d(4, 4, 3), {"folds": 1, "rank": 5, "scheme": 3}),
+        (nn.Conv2d(4, 4, 3), {"folds": 4, "rank": 4, "scheme": 1}),
+        (nn.Conv2d(4, 4, 3), {"folds": 1, "rank": 1, "bias": 2}),
+        (nn.Conv2d(4, 4, 3), {"folds": 1, "rank": 1, "bias": -1}),
+        (nn.Conv1d(4, 4, 3), {"folds": 1, "rank": 1, "scheme": 3}),
+        (nn.Conv3d(4, 4, 3), {"folds": 1, "rank": 1, "scheme": 1}),
+        (nn.Linear(4, 4), {"folds": 1, "rank": 1, "scheme": 1}),
     ],
 )
 def test_what_does_not_fit_is_refused(layer: nn.Module, settings: dict[str, int]) -> None:
     with pytest.raises(FileError, match="low rank"):
         build_low_rank(layer, settings)
+
+
+PLACES = {  # by scheme: the decoder's axes of [f, c, k1, k2] to the rows of the folded matrix
+    1: ((0, 2, 1, 3), lambda f, k1, k2: f * k1),
+    2: ((0, 3, 1, 2), lambda f, k1, k2: f * k2),
+    3: ((0, 2, 3, 1), lambda f, k1, k2: f * k1 * k2),
+}
+
+
+def fill_scheme(layer: nn.Conv2d, folds: int, scheme: int) -> nn.Sequential:
+    """Build a pair of full rank by hand, fold by fold, from the table of the schemes."""
+    weight = layer.weight.detach().double()
+    f, c, k1, k2 = weight.shape
+    order, rows = PLACES[scheme]
+    encoders, decoders = [], []
+    for part in weight.split(c // folds, 1):
+        u, s, vh = torch.linalg.svd(
+            part.permute(order).reshape(rows(f, k1, k2), -1), full_matrices=False
+        )
+        rank = len(s)
+        ones = {1: (1, k2), 2: (k1, 1), 3: (1, 1)}[scheme]
+        encoders.append(vh.reshape(rank, c // folds, *ones))
+        taps = {1: (k1, 1), 2: (1, k2), 3: (k1, k2)}[scheme]
+        decoders.append((u * s).reshape(f, *taps, rank).permute(0, 3, 1, 2))
+    pair = build_low_rank(layer, {"folds": folds, "rank": rank, "scheme": scheme})
+    with torch.no_grad():
+        pair[0].weight.copy_(torch.cat(encoders))
+        pair[1].weight.copy_(torch.cat(decoders, 1))
+    return pair
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("folds", [1, 2, 4])
+@pytest.mark.parametrize("scheme", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in CONVS if name not in ("1d", "3d")])
+def test_a_full_rank_pair_of_any_scheme_is_the_convolution(
+    name: str, scheme: int, folds: int, dtype: torch.dtype
+) -> None:
+    layer, shape = CONVS[name]
+    layer = copy.deepcopy(layer).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    pair = fill_scheme(layer, folds, scheme)
+    assert pair[0].groups == folds and pair[1].groups == 1
+    assert pair[0].bias is None and (pair[1].bias is None) == (layer.bias is None)
+    for axis in range(2):
+        owner, other = (pair[0], pair[1]) if scheme == 2 - axis else (pair[1], pair[0])
+        assert owner.kernel_size[axis] == layer.kernel_size[axis]
+        assert owner.stride[axis] == layer.stride[axis]
+        assert (other.kernel_size[axis], other.stride[axis]) == (1, 1)
+    atol = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(pair(x), layer(x), rtol=0, atol=atol)
+
+
+def test_the_wrong_axis_is_another_layer() -> None:
+    """Negative control: what scheme 1 holds is no convolution in scheme 2."""
+    layer = nn.Conv2d(4, 5, 3, stride=2, padding=1).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    pair = fill_scheme(layer, 1, 1)
+    turned = build_low_rank(layer, {"folds": 1, "rank": pair[0].out_channels, "scheme": 2})
+    with torch.no_grad():
+        turned[0].weight.copy_(pair[0].weight.transpose(2, 3))
+        turned[1].weight.copy_(pair[1].weight.transpose(2, 3))
+    torch.testing.assert_close(pair(x), layer(x), rtol=0, atol=1e-10)
+    assert float((turned(x) - layer(x)).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("scheme", [0, 3])
+def test_a_pair_may_have_a_bias_of_its_own(scheme: int) -> None:
+    layer = nn.Conv2d(4, 5, 3, bias=False)
+    settings = {"folds": 2, "rank": 1, "scheme": scheme}
+    assert build_low_rank(layer, settings)[1].bias is None
+    pair = build_low_rank(layer, settings | {"bias": 1})
+    assert pair[0].bias is None and torch.equal(pair[1].bias, torch.zeros(5))
+    layer = nn.Linear(6, 4)
+    pair = build_low_rank(layer, {"rank": 1, "bias": 1})
+    assert torch.equal(pair[1].bias, layer.bias)  # which it had already
+
+
+def test_settings_of_old_files_mean_what_they_meant() -> None:
+    layer = nn.Conv2d(4, 5, 3, stride=2, padding=1)
+    old = build_low_rank(layer, {"folds": 2, "rank": 3})
+    new = build_low_rank(layer, {"folds": 2, "rank": 3, "scheme": 0, "bias": 0})
+    assert repr(old) == repr(new)
+    assert old[0].kernel_size == (3, 3) and old[1].kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize("scheme", [0, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 40, 3), (40, 2, 3), (8, 8, 5)])
+def test_no_pair_is_over_twice_its_layer(scheme: int, shape: tuple[int, int, int]) -> None:
+    """Whatever the integers of a file say: the largest rank that is taken."""
+    layer = nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
+    dense = layer.weight.numel()
+    for folds in (k for k in range(1, shape[1] + 1) if shape[1] % k == 0):
+        sizes = []
+        for rank in range(1, dense + 1):
+            try:
+                pair = build_low_rank(layer, {"folds": folds, "rank": rank, "scheme": scheme})
+            except FileError:
+                break
+            sizes.append(sum(p.numel() for p in pair.parameters()))
+        assert sizes and max(sizes) <= 2 * dense
 
 
 def test_an_installed_pair_trains_copies_and_pickles() -> None:

@@ -8,16 +8,15 @@ import torch
 
 from lamina.measure.low_rank import (
     balance,
-    bound_paper,
-    bound_rss,
     damp,
     encoded_moments,
     factorize,
     fold_basis,
     fold_blocks,
-    fold_spectra,
     losses_of_ranks,
+    split_moments,
 )
+from lamina.measure.schemes import PLAIN, Scheme, expand, fold
 from lamina.measure.stats import LayerStats, predict_error
 
 
@@ -26,54 +25,14 @@ def moment(n: int, samples: int = 0) -> torch.Tensor:
     return x.T @ x / len(x)
 
 
-def product(encode: torch.Tensor, decode: torch.Tensor) -> torch.Tensor:
-    return decode @ torch.block_diag(*encode)
+def product(encode: torch.Tensor, decode: torch.Tensor, scheme: Scheme = PLAIN) -> torch.Tensor:
+    return decode @ torch.block_diag(*expand(encode, scheme))
 
 
-def exact(matrix: torch.Tensor, folds: int, rank: int) -> float:
-    """Relative operator-norm error of fold-wise truncation, by numpy alone."""
-    m = matrix.numpy()
-    parts = []
-    for part in np.split(m, folds, axis=1):
-        u, s, vh = np.linalg.svd(part, full_matrices=False)
-        parts.append(u[:, :rank] * s[:rank] @ vh[:rank])
-    return np.linalg.norm(np.concatenate(parts, 1) - m, 2) / np.linalg.norm(m, 2)
-
-
-def repo_score(spectra: torch.Tensor, largest: float, rank: int) -> float:
-    """What the authors' code allocates with: eq. 2 without sqrt(k)."""
-    return float(spectra[:, rank].max() / largest) if rank < spectra.shape[1] else 0.0
-
-
-@pytest.mark.parametrize(("f", "n", "folds"), [(5, 12, 1), (5, 12, 3), (9, 8, 2), (3, 12, 6)])
-def test_fold_spectra_are_numpys(f: int, n: int, folds: int) -> None:
-    matrix = torch.randn(f, n, dtype=torch.float64)
-    for got, part in zip(
-        fold_spectra(matrix, folds), np.split(matrix.numpy(), folds, 1), strict=True
-    ):
-        np.testing.assert_allclose(got, np.linalg.svd(part, compute_uv=False), atol=1e-10)
-
-
-def test_bounds_are_ordered_and_the_one_without_sqrt_k_is_no_bound() -> None:
-    violated = 0
-    for _ in range(30):
-        f, folds, width = (int(torch.randint(lo, 8, ())) for lo in (2, 1, 1))
-        matrix = torch.randn(f, folds * width, dtype=torch.float64)
-        spectra, largest = fold_spectra(matrix, folds), float(fold_spectra(matrix, 1)[0, 0])
-        last = np.inf
-        for rank in range(min(f, width) + 1):
-            true = exact(matrix, folds, rank)
-            rss, paper = (b(spectra, largest, rank) for b in (bound_rss, bound_paper))
-            assert paper >= rss - 1e-12
-            assert rss >= true - 1e-7  # Gram noise near full rank
-            assert rss <= last + 1e-12
-            last = rss
-            if folds == 1:
-                assert rss == pytest.approx(true, abs=1e-7)
-                assert paper == pytest.approx(true, abs=1e-7)
-            violated += repo_score(spectra, largest, rank) < true - 1e-6
-        assert paper == rss == 0.0
-    assert violated > 5
+def symmetric_root(m: torch.Tensor) -> np.ndarray:
+    full = torch.diag(m) if m.dim() == 1 else m
+    values, vectors = np.linalg.eigh(full.numpy())
+    return vectors * np.sqrt(values) @ vectors.T
 
 
 @pytest.mark.parametrize(("f", "n"), [(6, 12), (12, 6), (7, 24)])
@@ -113,13 +72,8 @@ def test_one_fold_is_optimal_for_the_predicted_loss(diagonal: bool) -> None:
     encode, decode = factorize(matrix, H, G, 1, rank)
     best = loss(product(encode, decode))
     # The closed form: the tail of the whitened spectrum, by another root than Cholesky's.
-
-    def root(m: torch.Tensor) -> np.ndarray:
-        full = torch.diag(m) if m.dim() == 1 else m
-        values, vectors = np.linalg.eigh(full.numpy())
-        return vectors * np.sqrt(values) @ vectors.T
-
-    s = np.linalg.svd(root(G) @ matrix.numpy() @ root(H), compute_uv=False)
+    seen = symmetric_root(G) @ matrix.numpy() @ symmetric_root(H)
+    s = np.linalg.svd(seen, compute_uv=False)
     assert best == pytest.approx(0.5 * (s[rank:] ** 2).sum(), rel=1e-8)
     u, s, vh = torch.linalg.svd(matrix)
     plain = loss(u[:, :rank] * s[:rank] @ vh[:rank])
@@ -208,3 +162,76 @@ def test_damping_makes_any_moment_usable(diagonal: bool) -> None:
     values = damp(thin) if diagonal else torch.linalg.eigvalsh(damp(thin))
     mean = float(thin.mean() if diagonal else thin.diagonal().mean())
     assert float(values.min()) >= 0.0099 * mean
+
+
+SCHEMES = [Scheme(number, (3, 2)) for number in range(4)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("folds", [1, 2])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "none"])
+def test_every_scheme_gives_the_matrix_back_and_says_what_smaller_ranks_lose(
+    scheme: Scheme, folds: int, kind: str
+) -> None:
+    f, n = 5, 4 * 6
+    matrix = torch.randn(f, n, dtype=torch.float64)
+    stats, H, G = None, None, None
+    if kind != "none":
+        H, G = moment(n), moment(f)
+        if kind == "diagonal":
+            H, G = H.diagonal(), G.diagonal()
+        stats = LayerStats(H=H[None], G=G[None], scale=3.0)
+        H, G = damp(H), damp(G)
+    ranks = list(range(1, min(f * scheme.after, n // folds // scheme.after) + 1))
+    got = losses_of_ranks(matrix, stats, H, fold_basis(matrix, H, G, folds, scheme), ranks)
+    assert len(got) == len(ranks) > 1
+    for rank, loss in zip(ranks, got, strict=True):
+        made = product(*factorize(matrix, H, G, folds, rank, scheme), scheme)
+        true = predict_error(stats, matrix[None], (made - matrix)[None])
+        assert loss == pytest.approx(true, rel=1e-6, abs=1e-7)
+    torch.testing.assert_close(made, matrix, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_a_scheme_is_the_truncated_svd_of_its_own_matrix(scheme: Scheme) -> None:
+    matrix = torch.randn(5, 24, dtype=torch.float64)
+    for rank in (1, 3):
+        got = product(*factorize(matrix, None, None, 2, rank, scheme), scheme)
+        want = []
+        for part in fold(matrix, 2, scheme).numpy():
+            u, s, vh = np.linalg.svd(part, full_matrices=False)
+            want.append(u[:, :rank] * s[:rank] @ vh[:rank])
+        np.testing.assert_allclose(fold(got, 2, scheme), np.stack(want), atol=1e-9)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_moments_that_are_kronecker_products_are_split_exactly(scheme: Scheme) -> None:
+    """Then the encoder is optimal too: nothing near it is better."""
+    sides = {2: moment(4), 3: moment(3), 5: moment(2)}
+    c, h, w = sides.values()
+    H = torch.einsum("ab,ij,kl->aikbjl", c, h, w).reshape(24, 24)
+    inner, taps = split_moments(H, 1, scheme)
+    again = torch.einsum("ab,ij->iajb", inner[0], taps[0])
+    split = fold(torch.linalg.cholesky(H).mT, 1, scheme)[0].unflatten(0, (24, -1))
+    want = torch.einsum("rta,rsb->tasb", split, split)
+    torch.testing.assert_close(again, want)
+    matrix, G = torch.randn(5, 24, dtype=torch.float64), moment(5)
+    stats = LayerStats(H=H[None], G=G[None])
+    encode, decode = factorize(matrix, H, G, 1, 3, scheme)
+
+    def loss(B: torch.Tensor, A: torch.Tensor) -> float:
+        return predict_error(stats, matrix[None], (product(B, A, scheme) - matrix)[None])
+
+    best = loss(encode, decode)
+    # The closed form: the tail of the spectrum in the metric of both sides, by symmetric roots.
+    rows = np.kron(symmetric_root(G), symmetric_root(taps[0]))
+    seen = rows @ fold(matrix, 1, scheme)[0].numpy() @ symmetric_root(inner[0])
+    tail = np.linalg.svd(seen, compute_uv=False)[3:]
+    assert best == pytest.approx(0.5 * (tail**2).sum(), rel=1e-8)
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(10):
+            other = loss(encode + size * torch.randn_like(encode), decode)
+            assert other > best
+            assert loss(encode, decode + size * torch.randn_like(decode)) > best
+    plain = factorize(matrix, None, None, 1, 3, scheme)
+    assert loss(*plain) > 1.05 * best  # negative control: the unweighted pair is worse

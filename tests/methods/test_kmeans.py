@@ -19,16 +19,15 @@ from lamina.forms import Codebook, Plain, install
 from lamina.measure.stats import LayerStats, predict_error
 from lamina.methods.base import Choice, Method
 from lamina.methods.kmeans import (
-    BINS,
     SIZES,
     assign,
     codebook_bits,
     fit_centroids,
     method,
-    optimal_cuts,
     shared,
     sizes_of,
 )
+from lamina.methods.kmeans.centroids import BINS, optimal_cuts
 from lamina.network.sites import Site, as_matrix
 from lamina.network.source import Network
 

@@ -308,3 +308,19 @@ def test_discovery_is_deterministic_and_survives_a_copy():
     assert first == discover(Network(module, inputs))
     assert first == discover(Network(copy.deepcopy(module), inputs))
     assert isinstance(first.layers[0], Site)
+
+
+def test_the_input_size_of_a_convolution_is_known_where_every_call_had_the_same():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3)
+            self.never, self.fc = nn.Conv2d(3, 3, 3), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.fc(self.other(self.other(self.same(self.same(x)))))
+
+    sites = sites_of(Head(), torch.zeros(2, 3, 8, 9))
+    assert sites["same"].extent == (8, 9) and sites["same"].positions == 144
+    assert sites["other"].extent == sites["never"].extent == sites["fc"].extent == ()
+    assert discover(Network(Head())).layers[0].extent == ()

@@ -142,6 +142,26 @@ def test_a_hook_that_touches_the_weight_is_a_raw_read():
     assert set(uses_of(net, torch.zeros(2, 4)).raw) == {"fc.weight"}
 
 
+def test_input_sizes_of_convolutions():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Flatten(2), nn.Conv1d(4, 2, 1))
+    uses = uses_of(net, torch.zeros(2, 3, 9, 7))
+    assert uses.extents == {"0.weight": {(9, 7)}, "2.weight": {(12,)}}
+    assert uses_of(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(3, 9, 7)).extents == {
+        "0.weight": {(9, 7)}  # without a batch
+    }
+
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return self.conv(input=self.conv(x))
+
+    assert uses_of(Pyramid(), torch.zeros(2, 3, 9, 9)).extents == {"conv.weight": {(9, 9), (7, 7)}}
+    assert uses_of(nn.Linear(3, 2), torch.zeros(2, 3)).extents == {}
+
+
 def test_failure_is_a_reason():
     reason = observe(Network(nn.Linear(3, 3), (torch.zeros(2, 5),)), [])
     assert isinstance(reason, str) and "shapes cannot be multiplied" in reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,15 @@ from tests.contract.checks import case_of
 
 from lamina.errors import MethodError
 from lamina.measure.stats import Cost, Stats
-from lamina.methods.base import Candidate, Step, get_method, registry
+from lamina.methods.base import (
+    Candidate,
+    Leaf,
+    Stage,
+    Step,
+    get_method,
+    registry,
+    weights_of,
+)
 from lamina.plan import chains, propose
 from lamina.plan.chains import COMBINED, choose_methods, join, pareto, thin
 
@@ -155,8 +164,6 @@ def test_a_chain_costs_what_its_end_costs(case, monkeypatch):
     monkeypatch.setattr(chains, "EXTENDED", (3, 1))
     site = case.sites["conv2"]
     offers = propose(case.network, type(case.sites)((site,)), case.stats, ["alds"])["conv2"]
-    from lamina.methods.base import weights_of
-
     pairs = {
         str(dict(c.steps[0].settings)): c
         for c in get_method("alds").propose(
@@ -193,3 +200,94 @@ def test_candidates_survive_the_run_folder(case):
     sites = type(case.sites)(case.sites.layers[:1])
     found = propose(case.network, sites, case.stats, ["kmeans", "rdoq"])
     assert chains.parse_candidates(chains.dump_candidates(found)) == found
+
+
+# --- extending ------------------------------------------------------------------------------------
+
+
+def test_every_point_of_a_structure_is_ended_in_every_way(case):
+    """Each rank (of a curve of up to 24) is kept as it is, and quantized in several ways."""
+    site = case.sites["conv2"]
+    weights, stats = weights_of(case.network, site), case.stats.of("conv2")
+    ranks = pareto(get_method("alds").propose(site, weights, stats))
+    methods = [get_method(name) for name in ("keep", "alds", "rdoq")]
+    ended: dict[str, list] = {}
+    for c in chains._chains(site, weights, stats, methods):
+        if c.steps[0].method == "alds":
+            ended.setdefault(str(c.steps[0]), []).append(c)
+    assert len(ended) == len(thin(ranks, chains.EXTENDED[0])) > 12
+    for line in ended.values():
+        kept = [c for c in line if {s.method for s in c.steps[1:]} == {"keep"}]
+        assert len(kept) == 1, "one lossless end"
+        coded = [c for c in line if "rdoq" in {s.method for s in c.steps[1:]}]
+        assert len(coded) >= 3
+        lost = sorted(c.error - kept[0].error for c in coded)
+        assert lost[0] >= 0
+        assert sum(x <= chains.NEGLIGIBLE * kept[0].error for x in lost) <= 1, (
+            "no finer than useful"
+        )
+
+
+def test_where_bytes_are_not_limited_only_structures_are_proposed(case):
+    sites = type(case.sites)((case.sites["conv2"],))
+    free = propose(case.network, sites, case.stats, bytes_count=False)["conv2"]
+    used = {s.method for c in free for s in c.steps}
+    assert {"keep", "alds"} <= used and not used & {"rdoq", "kmeans", "magnitude"}
+    # Nothing is lost by it: at no number of MACs and parameters is another chain better.
+    whole = propose(case.network, sites, case.stats, ["alds", "rdoq"])["conv2"]
+    for c in whole:
+        costs = (c.cost.macs, c.cost.params)
+        assert any(
+            f.error <= c.error and f.cost.macs <= costs[0] and f.cost.params <= costs[1]
+            for f in free
+        )
+
+
+class Indexed:
+    """A non-final method that leaves two layers, one of them with an index in the file."""
+
+    name, stage, kinds, final = "indexed", Stage.SHAPE, ("layer",), False
+    needs: frozenset[str] = frozenset()
+    reference = ""
+
+    def refuse(self, site):
+        return ""
+
+    def propose(self, site, weights, stats):
+        step = Step(self.name, site.name, {})
+        return (Candidate(site.name, (step,), Cost(params=7, bits=1000, macs=3), 0.5),)
+
+    def leave(self, site, weights, stats, settings):
+        half = {"weight": weights["weight"][: len(weights["weight"]) // 2]}
+        left = replace(site, name="a", shape=tuple(half["weight"].shape))
+        return Leaf(left, half, None, bits=96.0), Leaf(replace(left, name="b"), half, None)
+
+
+def test_what_no_later_step_can_change_is_counted_once(case):
+    site = case.sites["conv2"]
+    weights = weights_of(case.network, site)
+    rdoq = get_method("rdoq")
+    found = chains._chains(site, weights, None, [get_method("keep"), Indexed(), rdoq])
+    ended = [c for c in found if c.steps[0].method == "indexed"]
+    kept = [c for c in ended if {s.method for s in c.steps[1:]} == {"keep"}]
+    assert [(c.cost.bits, c.cost.params, c.error) for c in kept] == [(1000, 7, 0.5)]
+    leaf = Indexed().leave(site, weights, None, {})[0]
+    sizes = {
+        c.steps[0].settings["step"]: c.cost.bits
+        for c in rdoq.propose_alike([leaf, leaf], [0.5, 0.5])[0]
+    }
+    coded = [c for c in ended if {s.method for s in c.steps[1:]} == {"rdoq"}]
+    assert coded
+    for c in coded:
+        parts = sum(sizes[s.settings["step"]] for s in c.steps[1:])
+        assert c.cost.bits == pytest.approx(parts + 96.0, rel=0.02, abs=64)
+        assert (c.cost.macs, c.cost.params) == (3, 7)
+
+
+def test_a_method_that_only_prunes_gets_fewer_points():
+    offers = tuple(offer(2.0**i, 40.0 - i) for i in range(40, 0, -1))
+    alds, magnitude = get_method("alds"), get_method("magnitude")
+    assert len(chains._points(alds, offers, 0)) == chains.EXTENDED[0]
+    few = chains._points(magnitude, offers, 0)
+    assert len(few) == chains.EXTENDED[0] // chains.VALUES_SHARE
+    assert chains._points(magnitude, offers, 1) == (offers[20],), "one alone: from the middle"

@@ -63,6 +63,24 @@ def _far(samples: int, agreement: float, kl: float) -> dict[str, Any]:
             "samples": samples, "loss": "logits", "predictions": 1.0}  # fmt: skip
 
 
+def _points(i: int) -> list[dict[str, Any]]:
+    """Return two chains of a layer: grids, one of which is taken, and low rank twice as dear."""
+    shape, bias, macs, planned, predicted = (LAYERS[i][k] for k in (2, 3, 4, 6, 7))
+    params = math.prod(shape) + bias
+
+    def point(chain: str, factor: float, k: int, taken: bool = False) -> dict[str, Any]:
+        return {
+            "chain": chain, "steps": f"{chain}(step={0.03 * 2**k:.3g})",
+            "params": params / factor, "bits": 8 * planned * factor * 0.7**k,
+            "macs": macs / factor, "seconds": 1e-5 * (i + 1) / factor,
+            "error": predicted * 2.0**k, "taken": taken,
+        }  # fmt: skip
+
+    line = [point("rdoq", 1, k, taken=k == 0) for k in range(-3, 4)]
+    low = [point("alds > rdoq", 2, k) for k in range(-2, 3)]
+    return [*low, *line, point("keep", 1, 0) | {"bits": 32.0 * params, "error": 0.0}]
+
+
 _FACTS: dict[str, Any] = {
     "lamina": "0.1.0",
     "date": "2026-11-22T10:30:00+00:00",
@@ -95,6 +113,21 @@ _FACTS: dict[str, Any] = {
         "points": [[73_166 * 1.1**i, 1.005e-2 * 0.82**i] for i in range(-40, 33)],
         "planned": [73_166, 1.005e-2],
         "final": [_FILE, 1.44e-2],
+    },
+    "rounds": [
+        {"round": 1, "why": "latency", "asked": "latency=0.9x",
+         "predicted": {"bytes": 73_100.0, "error": 1.1e-2, "seconds": 2.7e-4},
+         "measured": {"seconds": 2.9e-4}, "kept": False, "note": "0.923 of the original's time"},
+        {"round": 2, "why": "max_drop", "asked": "max_drop=0.5",
+         "predicted": {"bytes": 73_166.0, "error": 1.005e-2}, "measured": {"drop": 0.2},
+         "kept": True, "note": "accuracy within the limit"},
+    ],
+    "curves": {LAYERS[i][0]: _points(i) for i in range(len(LAYERS))},
+    "prices": {"bytes": 3.1e-7},
+    "seconds": {
+        "original": 3.2e-4, "predicted": 2.7e-4,
+        "sites": {"conv2": {"before": 1.5e-4, "after": 1.5e-4},
+                  "fc1": {"before": 1e-4, "after": 5e-5}},
     },
     "recovery": {
         "steps": 3_320,

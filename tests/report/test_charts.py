@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, bar, plot, span
+from lamina.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    bar,
+    curves_plot,
+    lower,
+    plot,
+    span,
+)
 
 positive = st.floats(1e-12, 1e12)
 
@@ -55,6 +68,32 @@ def test_a_limit_outside_the_frame_is_not_drawn() -> None:
     x, y = Axis(0, 10, str), Axis(0, 1, str)
     assert 'class="limit"' in plot("l", x, y, [], vertical=5)
     assert 'class="limit"' not in plot("l", x, y, [], vertical=50, horizontal=-1)
+
+
+PLANE = st.lists(st.tuples(st.integers(0, 9).map(float), st.integers(0, 9).map(float)))
+
+
+@given(PLANE)
+def test_lower_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    def beaten(p: tuple[float, float]) -> bool:
+        return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+
+    assert lower(points) == sorted({p for p in points if not beaten(p)})
+
+
+def test_curves_have_a_dot_per_point_and_one_ring() -> None:
+    x, y = Axis(1, 100, str, log=True), Axis(1e-4, 1, str, log=True)
+    curves = [("c0", [(1, 1), (10, 0.01), (50, 0.5)]), ("c1", [(100, 1e-4)])]
+    svg = curves_plot("l", x, y, curves, (10, 0.01))
+    dots = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="2.5" class="dot (c\d)"', svg)
+    assert [kind for *_, kind in dots] == ["c0"] * 3 + ["c1"]
+    ring = re.search(r'cx="([\d.]+)" cy="([\d.]+)" r="7" class="mark taken"', svg)
+    assert ring and ring.groups() == dots[1][:2]
+    middle = ((LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2)
+    assert tuple(map(float, ring.groups())) == pytest.approx(middle, abs=0.06)
+    line = re.search(r'class="line c0" d="M([^"]+)"', svg)
+    assert line and line[1].count("L") == 1  # the third point is beaten by the second
+    assert "taken" not in curves_plot("l", x, y, curves, None)
 
 
 def test_labels_are_escaped() -> None:

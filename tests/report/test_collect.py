@@ -17,14 +17,15 @@ from lamina.data import Data, TensorLoader
 from lamina.forms import Edit
 from lamina.measure.calibrate import calibrate
 from lamina.measure.cost import measured_macs, measured_params
-from lamina.measure.stats import Stats
+from lamina.measure.stats import Cost, Stats
 from lamina.network.discover import discover
 from lamina.network.sites import Refusal, Site, Sites
 from lamina.network.source import Network
-from lamina.plan import Budget, Edited, Plan, apply, plan, propose
+from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
+from lamina.plan.curves import POINTS
 from lamina.report import Report, collect
 from lamina.report.collect import ledger_of, owner, owners_of
-from lamina.report.document import NEEDED, check
+from lamina.report.document import NEEDED, OPTIONAL, check
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,7 @@ class Run:
     edited: Edited
     file: bytes
     package: Package
+    candidates: Candidates
 
     def facts(self, **more: Any) -> dict[str, Any]:
         return collect(
@@ -75,10 +77,11 @@ def make(budget: Budget, methods: list[str], data: bool = True) -> Run:
         loaders = Data(calibration=split, validation=split, test=split.head(16), name="noise")
     sites = discover(network)
     stats = calibrate(network, sites, loaders, samples=64) if loaders else Stats()
-    decided = plan(network, sites, stats, propose(network, sites, stats, methods), budget)
+    offers = propose(network, sites, stats, methods)
+    decided = plan(network, sites, stats, offers, budget)
     edited = apply(network, decided, sites, stats)
     file = artifact.pack(edited.network.module, edited.edits, network.source, {"*": "all"})
-    return Run(network, loaders, sites, decided, edited, file, artifact.unpack(file))
+    return Run(network, loaders, sites, decided, edited, file, artifact.unpack(file), offers)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,8 @@ def test_the_schema(facts: dict[str, Any]) -> None:
     check(Report(facts).dict(), NEEDED, "facts")
     assert list(facts) == [
         "lamina", "date", "seed", "machine", "network", "data", "budget", "size", "ledger", "sites",
-        "refusals", "quality", "error", "latency", "curve", "recovery", "stages", "notes",
+        "refusals", "quality", "error", "latency", "curve", "rounds", "curves", "prices",
+        "seconds", "recovery", "stages", "notes",
     ]  # fmt: skip
     json.dumps(facts, allow_nan=False)
 
@@ -172,6 +176,50 @@ def test_the_report_of_a_real_run_shows(facts: dict[str, Any]) -> None:
     assert "tiny<net>" in report.table()
     assert "tiny&lt;net&gt;" in report.html() and "tiny<net>" not in report.html()
     assert "alds" in report.markdown()
+
+
+def test_without_candidates_there_are_no_curves(facts: dict[str, Any]) -> None:
+    assert facts["curves"] == facts["prices"] == {} and facts["seconds"] is None
+    assert "could have been" not in Report(facts).table()
+
+
+def test_curves_hold_the_plan_and_its_prices(factored: Run) -> None:
+    found = factored.facts(metric="accuracy", candidates=factored.candidates)
+    check(Report(found).dict(), OPTIONAL, "facts")
+    assert list(found["curves"]) == ["conv", "fc", "out"]
+    for site in found["sites"]:
+        curve = found["curves"][site["site"]]
+        assert len(curve) <= POINTS
+        (taken,) = [p for p in curve if p["taken"]]
+        assert taken["steps"] == site["chain"] and taken["bits"] / 8 == site["bytes_planned"]
+        assert taken["macs"] == site["macs_after"] and taken["error"] == site["error_predicted"]
+    assert set(found["prices"]) == {"bytes", "macs"} and found["prices"]["macs"] > 0
+    assert "What each layer could have been" in Report(found).markdown()
+
+
+def test_times_of_layers_add_up_to_the_plans(factored: Run) -> None:
+    """Of a plan whose candidates were timed: every layer 2 ms, half of that where it has a pair."""
+
+    def timed(steps: Any, cost: Cost) -> Cost:
+        return replace(cost, seconds=1e-3 if len(steps) > 1 else 2e-3)
+
+    offers = {
+        name: tuple(replace(c, cost=timed(c.steps, c.cost)) for c in line)
+        for name, line in factored.candidates.items()
+    }
+    sites = {n: replace(d, cost=timed(d.steps, d.cost)) for n, d in factored.plan.sites.items()}
+    whole = sum(d.cost.seconds for d in sites.values())
+    decided = replace(
+        factored.plan,
+        sites=sites,
+        original=replace(factored.plan.original, seconds=7e-3),
+        predicted=replace(factored.plan.predicted, seconds=1e-3 + whole),
+    )
+    found = replace(factored, plan=decided).facts(metric="accuracy", candidates=offers)["seconds"]
+    assert found["original"] == 7e-3 and found["predicted"] == pytest.approx(1e-3 + whole)
+    assert {n: s["before"] for n, s in found["sites"].items()} == dict.fromkeys(sites, 2e-3)
+    pairs = {n for n, s in found["sites"].items() if s["after"] == 1e-3}
+    assert pairs == {e.path for e in factored.edited.edits if e.form == "low_rank"} != set()
 
 
 def test_training_shows_as_its_history(factored: Run) -> None:

@@ -14,7 +14,7 @@ from tests.report.sample import sample
 
 from lamina.errors import RunError
 from lamina.report import Report, load_report
-from lamina.report.document import NEEDED, check, plain
+from lamina.report.document import NEEDED, OPTIONAL, check, plain
 
 NAN, INF = math.nan, math.inf
 
@@ -35,6 +35,7 @@ def bare() -> dict[str, Any]:
         site["error_measured"] = None
     facts["curve"] = {"points": [], "planned": [0, 0.0], "final": None}
     facts |= {"latency": None, "recovery": None, "refusals": [], "stages": [], "notes": []}
+    facts |= {"rounds": [], "curves": {}, "prices": {}, "seconds": None}
     return facts
 
 
@@ -100,6 +101,11 @@ def test_every_number_may_be_missing() -> None:
     facts["error"] |= {"predicted": INF, "measured_applied": NAN, "measured": NAN}
     facts["curve"]["planned"] = [NAN, NAN]
     facts["recovery"]["history"] = [{"step": 1.0, "loss": NAN}]
+    facts["rounds"][0]["measured"]["seconds"] = NAN
+    for curve in facts["curves"].values():
+        for p in curve:
+            p["error"] = NAN
+    facts["prices"] = {"bytes": NAN}
     report = Report(facts)
     for text in (report.table(), report.markdown(), report.html()):
         assert "None" not in text
@@ -151,3 +157,28 @@ def test_what_is_missing_is_named() -> None:
     broken["quality"]["test"]["before"] = "98"
     with pytest.raises(RunError, match="quality: test: before"):
         check(broken, NEEDED, "r")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("rounds", {}, "rounds: a dict"),
+        ("rounds", [{"round": 1}], r"rounds\[0\]: it has no 'why'"),
+        ("curves", {"fc": [{"chain": "rdoq"}]}, r"curves: fc\[0\]: it has no 'steps'"),
+        ("curves", {"fc": 3}, "curves: fc: a int"),
+        ("prices", {"bytes": "high"}, "prices: bytes: a str"),
+        ("seconds", {"original": 1.0}, "seconds: it has no 'predicted'"),
+        ("seconds", {"original": 1.0, "predicted": math.inf, "sites": {}}, "seconds: predicted"),
+    ],
+)
+def test_what_may_be_missing_must_be_right(
+    place: str, value: Any, says: str, tmp_path: Path
+) -> None:
+    check(sample(), OPTIONAL, "r")
+    facts = sample() | {place: value}
+    (tmp_path / "report.json").write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=says):
+        load_report(tmp_path)
+    del facts[place]
+    (tmp_path / "report.json").write_text(json.dumps(facts))
+    assert "lenet-5" in load_report(tmp_path).html()

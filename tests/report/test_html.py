@@ -86,6 +86,12 @@ def test_the_headlines_say_the_facts() -> None:
     assert cards["per sample"]["detail"] == "0.314 ms before; 1.16x faster"
 
 
+def test_a_time_of_a_batch_is_not_called_one_of_a_sample() -> None:
+    facts = sample()
+    facts["latency"]["batch"] = 64
+    assert "per batch of 64" in {card["words"] for card in headlines(facts)}
+
+
 def test_a_missed_budget_is_a_bad_headline() -> None:
     facts = sample()
     facts["budget"]["met"] = {"bytes": False}

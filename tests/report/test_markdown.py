@@ -29,6 +29,8 @@ def test_row_counts() -> None:
     found = tables(render_markdown(facts))
     assert len(found["Layer by layer"]) == 2 + len(facts["sites"]) + 1
     assert len(found["Every byte of the file"]) == 2 + len(facts["ledger"]) + 1
+    assert len(found["Rounds: asked, predicted, measured"]) == 2 + len(facts["rounds"])
+    assert len(found["What each layer could have been"]) == 2 + len(facts["curves"])
     assert len(found["What could not be compressed"]) == 2 + len(facts["refusals"])
 
 

@@ -16,7 +16,27 @@ def cells(facts: dict[str, Any], name: str) -> list[tuple[str, ...]]:
 
 def test_the_order_is_the_order_of_questions() -> None:
     names = [s.name for s in sections(sample())]
-    assert names == ["asked", "got", "layers", "ledger", "refused", "notes", "made"]
+    assert names == [
+        "asked", "got", "rounds", "layers", "choices", "latency", "ledger", "refused", "notes",
+        "made",
+    ]  # fmt: skip
+
+
+def test_what_was_not_done_has_no_section() -> None:
+    """Reports of the first version have none of these; plans that are given have no curves."""
+    facts = sample()
+    for name in ("rounds", "curves", "prices", "seconds"):
+        del facts[name]
+    assert [s.name for s in sections(facts)] == [
+        "asked", "got", "layers", "ledger", "refused", "notes", "made",
+    ]  # fmt: skip
+
+
+def test_latency_says_its_batch() -> None:
+    facts = sample()
+    assert any(row[0] == "latency, one sample" for row in cells(facts, "got"))
+    facts["latency"]["batch"] = 64
+    assert any(row[0] == "latency, batch of 64" for row in cells(facts, "got"))
 
 
 def test_every_row_is_as_wide_as_its_table() -> None:

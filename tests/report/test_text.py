@@ -41,5 +41,5 @@ def test_a_long_table_is_cut_and_says_so() -> None:
 def test_the_answers_are_there() -> None:
     text = render_text(sample(), 110, color=False)
     for words in ("100x smaller", "17,217 bytes", "budget met", "0.15 points lost", "1.16x faster",
-                  "max_pool2d lies between"):  # fmt: skip
+                  "max_pool2d lies between", "latency=0.9x", "alds > rdoq, 2.00x"):  # fmt: skip
         assert words in text

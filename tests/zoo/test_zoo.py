@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lamina.errors import NetworkError
-from lamina.zoo import build, names, zoo
+from lamina.zoo import build, names, untrained, zoo
 
 # `import lamina.zoo` may give the function of that name, so the module comes from sys.modules.
 ZOO_MODULE = sys.modules["lamina.zoo"]
@@ -23,11 +23,13 @@ TRAINED = [
     for name in names()
     if files("lamina.zoo").joinpath("weights", f"{name}.safetensors").is_file()
 ]
+DIGITS = [name for name in TRAINED if name.startswith("lenet")]  # whose data ships
 
 
 def test_names() -> None:
     assert {"lenet-300-100", "lenet-5"} <= set(names()) and names() == sorted(names())
-    assert {"lenet-300-100", "lenet-5"} <= set(TRAINED)
+    assert {"resnet20", "small-cnn", "vgg16"} <= set(names())
+    assert {"lenet-300-100", "lenet-5", "small-cnn"} <= set(TRAINED)
 
 
 @pytest.mark.parametrize("name", names())
@@ -40,7 +42,7 @@ def test_build_is_seeded_and_leaves_the_random_state(name: str) -> None:
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", DIGITS)
 def test_accuracy_is_what_was_recorded(name: str) -> None:
     network = zoo(name)
     record = json.loads((RECORDS / f"{name}.json").read_text())
@@ -59,9 +61,39 @@ def test_zoo_gives_a_complete_network(name: str) -> None:
     assert not network.module.training
     assert all(torch.isfinite(p).all() and p.requires_grad for p in network.module.parameters())
     assert network.forward(*network.example_inputs).shape == (2, 10)
-    assert network.data.train.dataset_size == 7_000
+    if name in DIGITS:
+        assert network.data.train.dataset_size == 7_000
+    else:
+        assert network.data is None
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(network.example_inputs, zoo(name).example_inputs, strict=True)
+        )
     trained, fresh = next(network.module.parameters()), next(build(name).parameters())
     assert not torch.equal(trained, fresh)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_weights_are_those_of_the_record(name: str) -> None:
+    record = json.loads((RECORDS / f"{name}.json").read_text())
+    assert record["network"] == name
+    assert record["parameters"] == sum(p.numel() for p in build(name).parameters())
+    assert record["accuracy_percent"]["test"] > 80
+
+
+@pytest.mark.parametrize("name", names())
+def test_an_untrained_network_runs_on_its_example(name: str) -> None:
+    network = untrained(name, seed=3)
+    assert network.source == f"zoo:{name}" and not network.module.training
+    pairs = zip(network.module.parameters(), build(name, seed=3).parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert network.forward(*network.example_inputs).shape == (2, 10)
+    assert (network.data is None) == (not name.startswith("lenet"))
+
+
+def test_weights_that_do_not_ship_are_named_with_the_script_that_makes_them() -> None:
+    with pytest.raises(NetworkError, match=r"benchmarks/zoo/train_images.py vgg16"):
+        zoo("vgg16")
 
 
 def test_two_openings_share_nothing() -> None:
@@ -88,14 +120,14 @@ def one_more(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     found = list(ZOO_MODULE.pkgutil.iter_modules(ZOO_MODULE.__path__))
     info = found[0]._replace(name="one_more")
     monkeypatch.setattr(ZOO_MODULE.pkgutil, "iter_modules", lambda path: [*found, info])
-    ZOO_MODULE._factories.cache_clear()
+    ZOO_MODULE._entries.cache_clear()
     return module
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> object:
     yield
-    ZOO_MODULE._factories.cache_clear()
+    ZOO_MODULE._entries.cache_clear()
 
 
 def test_adding_a_network_is_adding_a_file(one_more: ModuleType) -> None:

@@ -13,7 +13,7 @@ from lamina.artifact.container import memory_key, tensors_of
 from lamina.artifact.reading import Package
 from lamina.artifact.records import Record
 from lamina.errors import FileError
-from lamina.forms import Edit, find_tensor, install
+from lamina.forms import Edit, check_indices, find_tensor, install
 
 FIX = "give the skeleton the file was made from"
 MOST_GROWTH = 2  # an edit leaves a layer at most twice as large
@@ -56,6 +56,7 @@ def restore(package: Package, skeleton: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, tensor in others:
             tensor.copy_(streams.dense(package.records[name], streams.thread_count()))
+    check_indices(skeleton)
     return skeleton
 
 
@@ -70,7 +71,7 @@ def _edit(skeleton: nn.Module, edits: Sequence[Edit]) -> None:
 
 
 def _elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(t.numel() for t in (*module.parameters(), *module.buffers()))
 
 
 def _check_shapes(held: Mapping[str, Record], state: Mapping[str, torch.Tensor]) -> None:

@@ -1,7 +1,10 @@
 """Forms: runtime layers and ways to hold values, free of any method's code."""
 
+from lamina.forms.channels import Gather, check_indices
 from lamina.forms.edit import BUILDERS, Edit, builder, find_tensor, install
 from lamina.forms.low_rank import GroupedLinear
+from lamina.forms.narrow import widths
+from lamina.forms.tucker import build_tucker
 from lamina.forms.values import FORMS_OF_VALUES, Codebook, Grid, Plain, Sparse, Values
 
 __all__ = [
@@ -9,12 +12,16 @@ __all__ = [
     "FORMS_OF_VALUES",
     "Codebook",
     "Edit",
+    "Gather",
     "Grid",
     "GroupedLinear",
     "Plain",
     "Sparse",
     "Values",
+    "build_tucker",
     "builder",
+    "check_indices",
     "find_tensor",
     "install",
+    "widths",
 ]

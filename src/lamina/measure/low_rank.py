@@ -17,49 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina.measure.stats import LayerStats, predict_error
+from lamina.measure.certificates import exact_errors
+from lamina.measure.schemes import PLAIN, Scheme, expand, fold, split_taps
+from lamina.measure.stats import LayerStats, predict_error, spectral_norm
 
 DAMPING = 0.01  # of the mean diagonal: directions hardly seen in calibration keep some weight
-
-
-# --- folds and their spectra ---------------------------------------------------------------------
-
-
-def split_folds(matrix: torch.Tensor, folds: int) -> torch.Tensor:
-    """Return `[folds, f, n/folds]` from `[f, n]`: consecutive channels, as grouped layers have."""
-    return matrix.unflatten(1, (folds, -1)).transpose(0, 1)
-
-
-def fold_spectra(matrix: torch.Tensor, folds: int) -> torch.Tensor:
-    """Return the singular values of every fold `[folds, r]`, descending, from Gram matrices.
-
-    The Gram of the short side in float64 is many times faster than an SVD of a wide matrix, and
-    all folds go through one batched call. Values below 1e-8 of the largest are noise.
-    """
-    parts = split_folds(matrix.to(torch.float64), folds)
-    if parts.shape[1] > parts.shape[2]:
-        parts = parts.transpose(1, 2)
-    return torch.linalg.eigvalsh(parts @ parts.mT).flip(-1).clamp_min(0).sqrt()
-
-
-def bound_paper(spectra: torch.Tensor, largest: float, rank: int) -> float:
-    """Return ALDS eq. 2: `sqrt(k) max_i s_i[j+1] / s_1`, a bound of the relative spectral error.
-
-    Args:
-        spectra: `[k, r]` singular values of the folds, descending.
-        largest: largest singular value of the whole matrix.
-        rank: singular values kept per fold, j.
-    """
-    if rank >= spectra.shape[1]:
-        return 0.0
-    return float(spectra.shape[0] ** 0.5 * spectra[:, rank].max() / max(largest, 1e-300))
-
-
-def bound_rss(spectra: torch.Tensor, largest: float, rank: int) -> float:
-    """Return `sqrt(sum_i s_i[j+1]^2) / s_1`: tighter, since `E E^T = sum_i E_i E_i^T`."""
-    if rank >= spectra.shape[1]:
-        return 0.0
-    return float(spectra[:, rank].square().sum().sqrt() / max(largest, 1e-300))
 
 
 # --- the metric ----------------------------------------------------------------------------------
@@ -101,12 +63,14 @@ class FoldBasis:
     """What every rank of one number of folds shares: `encode[:, :j]` is the encoder of rank j.
 
     Args:
-        encode: `[k, r, n/k]` encoding rows, best first.
+        encode: `[k, r, c/k * before]` encoding rows, best first.
         spectra: `[k, r]` singular values in the metric, descending.
+        scheme: who owns which taps.
     """
 
     encode: torch.Tensor
     spectra: torch.Tensor
+    scheme: Scheme = PLAIN
 
     def tail(self, rank: int) -> float:
         """Return the squares left out at a rank, summed over folds that do not see each other."""
@@ -114,28 +78,39 @@ class FoldBasis:
 
 
 def fold_basis(
-    matrix: torch.Tensor, H: torch.Tensor | None, G: torch.Tensor | None, folds: int
+    matrix: torch.Tensor,
+    H: torch.Tensor | None,
+    G: torch.Tensor | None,
+    folds: int,
+    scheme: Scheme = PLAIN,
 ) -> FoldBasis:
     """Return the encoders of all ranks: the leading right singular vectors of `L^T M_i R_i`.
 
     `G = L L^T` and `H_i = R_i R_i^T` (Cholesky), so the Frobenius norm of `L^T E R` is the
-    currency, and the encoder of rank j is `V_j^T R_i^-1`.
+    currency, and the encoder of rank j is `V_j^T R_i^-1`. Where the decoder owns taps, `H_i` is
+    taken for a Kronecker product of a moment of each side (`split_moments`); only the directions of
+    the encoder rest on that, the decoder is solved with H itself.
 
     Args:
         matrix: `[f, n]`, float64.
         H: `[n, n]` or `[n]` input moment, positive definite; None: identity.
         G: `[f, f]` or `[f]` output-gradient moment, positive definite; None: identity.
         folds: k, a divisor of the input channels.
+        scheme: who owns which taps.
     """
     seen = matrix
     if G is not None:
         root = _root(G, G.dim() == 1)
         seen = root[:, None] * matrix if G.dim() == 1 else root.mT @ matrix
-    parts = split_folds(seen, folds)
+    parts = fold(seen, folds, scheme)
     roots = None
     if H is not None:
-        roots = _root(fold_blocks(H, folds), H.dim() == 1)
+        inner, taps = split_moments(H, folds, scheme)
+        roots = _root(inner, H.dim() == 1)
         parts = parts * roots[:, None, :] if H.dim() == 1 else parts @ roots
+        if scheme.after > 1:
+            apart = parts.unflatten(1, (len(matrix), -1))
+            parts = torch.einsum("kftm,kts->kfsm", apart, torch.linalg.cholesky(taps)).flatten(1, 2)
     if parts.shape[1] < parts.shape[2]:
         values, left = torch.linalg.eigh(parts @ parts.mT)
         # QR, not division by the singular values: it stays orthonormal where they vanish.
@@ -147,7 +122,34 @@ def fold_basis(
         rows = rows / roots[:, None, :]
     elif roots is not None:
         rows = torch.linalg.solve_triangular(roots, rows, upper=False, left=False)
-    return FoldBasis(rows, values.flip(-1).clamp_min(0).sqrt())
+    return FoldBasis(rows, values.flip(-1).clamp_min(0).sqrt(), scheme)
+
+
+def split_moments(
+    moment: torch.Tensor, folds: int, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split every fold's input moment into one of what the encoder sees and one of decoder taps.
+
+    Args:
+        moment: `[n, n]` or its diagonal `[n]`.
+
+    Returns:
+        the moment at one of the decoder's taps, their mean, `[k, m, m]` (`[k, m]` of a diagonal)
+        with m = c/k * before; and how the taps go together, `[k, after, after]`: the best Kronecker
+        factor beside the first, and positive definite as the moment is.
+    """
+    blocks = fold_blocks(moment, folds)
+    if scheme.after == 1:
+        return blocks, blocks.new_ones(folds, 1, 1)
+    both = split_taps(blocks, scheme)
+    if moment.dim() == 1:
+        same = both.mean(1)
+        taps = torch.einsum("ktm,km->kt", both, same).diag_embed()
+        return same, taps / same.square().sum(1)[:, None, None]
+    both = split_taps(both.permute(0, 2, 3, 1), scheme)  # [k, after, m, after, m]
+    same = both.diagonal(dim1=1, dim2=3).mean(-1)
+    taps = torch.einsum("ktasb,kab->kts", both, same)
+    return same, taps / same.square().sum((1, 2))[:, None, None]
 
 
 def encoded_moments(
@@ -161,7 +163,7 @@ def encoded_moments(
         return (matrix @ right.flatten(1)).unflatten(1, (folds, rank)), inner
     # Without cross moments the folds do not see each other.
     scaled = encode if H is None else encode * H.reshape(folds, 1, width)
-    product = (split_folds(matrix, folds) @ scaled.mT).transpose(0, 1)
+    product = (fold(matrix, folds) @ scaled.mT).transpose(0, 1)
     inner = torch.block_diag(*(encode @ scaled.mT)).reshape(folds, rank, folds, rank)
     return product, inner
 
@@ -178,36 +180,48 @@ def solve_decoder(product: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(inner.reshape(size, size), product.flatten(1), left=False)
 
 
-def balance(encode: torch.Tensor, decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def balance(
+    encode: torch.Tensor, decode: torch.Tensor, taps: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same products `A_i B_i` with equal singular values on both sides.
 
     Both factors then hold values of one scale, which is what quantizes and trains well.
 
     Args:
-        encode: `[k, j, n/k]`; decode: `[f, k j]`.
+        encode: `[k, j, m]`; decode: `[f, k j taps]`.
+        taps: of the decoding layer.
     """
     folds, rank, _ = encode.shape
-    qa, ra = torch.linalg.qr(split_folds(decode, folds))
+    shape = (len(decode), folds, rank, taps)
+    left = decode.reshape(shape).permute(1, 0, 3, 2).flatten(1, 2)
+    qa, ra = torch.linalg.qr(left)
     qb, rb = torch.linalg.qr(encode.mT)
     u, s, vh = torch.linalg.svd(ra @ rb.mT)
     half = s.sqrt()[:, None, :]
     # The sign of singular vectors is arbitrary; fixing it makes the factors independent of LAPACK.
     sign = torch.where((qa @ u).sum(1, keepdim=True) < 0, -1.0, 1.0).to(half)
     left, right = (qa @ u) * half * sign, half.mT * sign.mT * (vh @ qb.mT)
-    return right, left.transpose(0, 1).reshape(decode.shape[0], folds * rank)
+    return right, left.unflatten(1, (-1, taps)).permute(1, 0, 3, 2).reshape(decode.shape)
 
 
 def factorize(
-    matrix: torch.Tensor, H: torch.Tensor | None, G: torch.Tensor | None, folds: int, rank: int
+    matrix: torch.Tensor,
+    H: torch.Tensor | None,
+    G: torch.Tensor | None,
+    folds: int,
+    rank: int,
+    scheme: Scheme = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decompose a matrix into folds of one rank, best for `tr(G E H E^T)` (k = 1: optimal).
 
     Args:
         matrix: `[f, n]`; H, G: moments (positive definite) or diagonals; None: identity.
-        folds: k, a divisor of n; rank: j, at most `min(f, n/k)`.
+        folds: k, a divisor of the input channels; rank: j, at most `min(f * after, n/k / after)`.
+        scheme: who owns which taps; the encoder is then best only if `H` is a Kronecker product.
 
     Returns:
-        encode `[k, j, n/k]` and decode `[f, k j]`, balanced, float64.
+        encode `[k, j, c/k * before]` and decode `[f, k j after]`, balanced, float64: the weights of
+        the two layers, reshaped.
 
     Example:
         >>> B, A = factorize(torch.ones(2, 4), None, None, folds=2, rank=1)
@@ -215,8 +229,9 @@ def factorize(
         True
     """
     matrix = matrix.to(torch.float64)
-    encode = fold_basis(matrix, H, G, folds).encode[:, :rank].contiguous()
-    return balance(encode, solve_decoder(*encoded_moments(matrix, H, encode)))
+    encode = fold_basis(matrix, H, G, folds, scheme).encode[:, :rank].contiguous()
+    decode = solve_decoder(*encoded_moments(matrix, H, expand(encode, scheme)))
+    return balance(encode, decode, scheme.after)
 
 
 def losses_of_ranks(
@@ -225,37 +240,53 @@ def losses_of_ranks(
     H: torch.Tensor | None,
     basis: FoldBasis,
     ranks: Sequence[int],
+    largest: float | None = None,
 ) -> list[float]:
     """Return what `predict_error` says of the pairs of several ranks, rounding to a dtype aside.
 
-    With statistics the quadratic form is expanded, `tr(G M H M') - 2 tr(G M H B' A') +
-    tr(A' G A B H B')`, so that all ranks share the products with H: no dense difference is made.
+    All ranks cost little more than the largest. Rows of the encoder in the order of their rank make
+    every smaller pair a leading block; in the basis that one Cholesky factor of `B H B^T` gives,
+    the solved decoders of all ranks are the leading columns of one matrix Y, and the quadratic form
+    `tr(G M H M') - 2 tr(G M H B' A') + tr(A' G A B H B')` is a running sum.
 
     Args:
         matrix: `[f, n]`, float64.
         stats: the layer's statistics as measured; None: data-free.
         H: the damped input moment that the decoders are solved with; None: data-free.
-        basis: of one number of folds.
+        basis: of one number of folds, in one scheme.
         ranks: rising.
+        largest: singular value of the matrix, where it is known; only used without data.
     """
     if not ranks:
         return []
-    encode = basis.encode[:, : ranks[-1]]
-    product, inner = encoded_moments(matrix, H, encode)
-    decoders = [solve_decoder(product[:, :, :j], inner[:, :j, :, :j]) for j in ranks]
+    folds, taps = len(basis.encode), basis.scheme.after
     if stats is None:
-        return [
-            predict_error(None, matrix[None], (A @ torch.block_diag(*encode[:, :j]) - matrix)[None])
-            for j, A in zip(ranks, decoders, strict=True)
-        ]
+        largest = float(spectral_norm(matrix)) if largest is None else largest
+        side = fold(matrix, folds, basis.scheme) @ basis.encode.mT
+        return exact_errors(side, taps, largest, ranks)
+    encode = expand(basis.encode[:, : ranks[-1]], basis.scheme)
+    product, inner = _by_rank(*encoded_moments(matrix, H, encode), taps)
+    root = torch.linalg.cholesky(inner)
+    Y = torch.linalg.solve_triangular(root, product.mT, upper=False).mT
     true, G = stats.H[0].to(torch.float64), stats.G[0].to(torch.float64)
-    product, inner = encoded_moments(matrix, true, encode)
+    product, inner = _by_rank(*encoded_moments(matrix, true, encode), taps)
+    right = torch.linalg.solve_triangular(root, inner, upper=False)
+    right = torch.linalg.solve_triangular(root, right.mT, upper=False)
+    left = G[:, None] * Y if G.dim() == 1 else G @ Y
+    cross = (left.mT * torch.linalg.solve_triangular(root, product.mT, upper=False)).sum(1)
+    square = (Y.mT @ left) * right
+    square = 2 * square.tril(-1).sum(1) + square.diagonal()
+    running = (0.5 * square - cross).cumsum(0)
     whole = predict_error(stats, matrix[None], matrix[None])
-    losses = []
-    for j, A in zip(ranks, decoders, strict=True):
-        left = G[:, None] * A if G.dim() == 1 else G @ A
-        cross = float((left * product[:, :, :j].flatten(1)).sum())
-        size = A.shape[1]
-        square = float(((A.mT @ left) * inner[:, :j, :, :j].reshape(size, size)).sum())
-        losses.append(max(0.0, whole + stats.scale * (0.5 * square - cross)))
-    return losses
+    step = folds * taps
+    return [max(0.0, whole + stats.scale * float(running[j * step - 1])) for j in ranks]
+
+
+def _by_rank(
+    product: torch.Tensor, inner: torch.Tensor, taps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reorder what `encoded_moments` returns from (fold, rank, tap) to (rank, fold, tap)."""
+    folds, size = product.shape[1:]
+    order = torch.arange(folds * size).reshape(folds, -1, taps).transpose(0, 1).reshape(-1)
+    flat = inner.reshape(folds * size, folds * size)
+    return product.flatten(1)[:, order], flat[order][:, order]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
@@ -18,6 +18,7 @@ from lamina.measure.stats import Cost, LayerStats
 from lamina.network.sites import Site
 from lamina.network.source import Network
 
+LONGEST = 24  # characters of a setting that are shown; a mask of channels has hundreds
 Weights = Mapping[str, torch.Tensor]  # {"weight": ..., "bias": ...} (no "bias" where there is none)
 Settings = Mapping[str, Any]  # JSON values only
 
@@ -65,11 +66,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A layer that a non-final step would leave: its site, tensors and derived statistics."""
+    """A layer that a non-final step would leave: its site, tensors and derived statistics.
+
+    `bits` is what belongs to it in the file and no later step can change (an index) [bits].
+    """
 
     site: Site
     weights: Weights
     stats: LayerStats | None
+    bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,24 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Alike(Protocol):
+    """What a final method may offer besides: proposing for a whole family of layers at once."""
+
+    def propose_alike(
+        self, leaves: Sequence[Leaf], floors: Sequence[float]
+    ) -> list[tuple[Candidate, ...]]:
+        """Offer for layers alike, such as those of one layer's ranks, coding only a few tensors.
+
+        As `propose`, but with fewer candidates, whose sizes are within 2 % and 64 bytes.
+
+        Args:
+            leaves: the layers, in the order of their sizes.
+            floors: the error made before each; offers far below it are not needed.
+        """
+        ...
+
+
 @cache
 def registry() -> dict[str, Method]:
     """Return every method by name; adding a file to this folder adds a method."""
@@ -171,4 +194,5 @@ def weights_of(network: Network, site: Site) -> dict[str, torch.Tensor]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

@@ -27,6 +27,7 @@ import torch
 
 from lamina import codecs
 from lamina.artifact.records import values_bytes
+from lamina.codecs.alike import Curve, corrected
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Sparse
 from lamina.measure.stats import Cost, LayerStats, predict_error
@@ -82,6 +83,13 @@ def sparse_bits(tensor: torch.Tensor) -> float:
     return 8.0 * (pattern + values_bytes(tensor[tensor != 0]))
 
 
+def _quick_bytes(tensor: torch.Tensor) -> float:
+    """Return about what `sparse_bits` says [bytes], with non-zeros of full width."""
+    mask = (tensor != 0).reshape(tensor.shape[0], -1)
+    pattern = codecs.estimate(mask.to(torch.int32).cpu().numpy())
+    return pattern + int(mask.sum()) * tensor.element_size()
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """The method; see the card above."""
@@ -116,12 +124,17 @@ class Magnitude:
         offers = []
         for score in SCORES if stats is not None else SCORES[:1]:
             importance = _importance(site, weight, stats, score)
+            shares, versions = [], []
             for keep in KEEP:
                 pruned = prune(weight, importance, keep)
-                if torch.equal(pruned, weight):
-                    continue  # already as sparse as that
+                if not torch.equal(pruned, weight):  # else already as sparse as that
+                    shares.append(keep)
+                    versions.append(pruned)
+            # The non-zeros' bytes per value change slowly with the share: few are really coded.
+            curve = Curve.of(shares, versions, _quick_bytes, lambda t: sparse_bits(t) / 8)
+            for keep, pruned, size in zip(shares, versions, corrected([curve])[0], strict=True):
                 error = predict_error(stats, matrix, as_matrix(site, pruned - weight))
-                cost = Cost(params, sparse_bits(pruned) + extra, site.macs)
+                cost = Cost(params, 8 * size + extra, site.macs)
                 step = Step(self.name, site.name, {"keep": keep, "score": score})
                 offers.append(Candidate(site.name, (step,), cost, error))
         return _front(offers)

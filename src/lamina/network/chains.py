@@ -189,9 +189,9 @@ def _label(op: Op, before: Op) -> str | None:
         return op.target
     if op.target == "getitem" and before.target.startswith("adaptive_max_pool"):
         return ""
-    if op.target == "mean" and len(old) > 2 and old[1] not in old[2:]:
-        # Over all positions of a channel: a global average pool written by hand.
-        return "mean" if new in (old[:2], old[:2] + (1,) * (len(old) - 2)) else None
+    if op.target in ("mean", "amax") and len(old) > 2 and old[1] not in old[2:]:
+        # Over all positions of a channel: a global pool written by hand.
+        return op.target if new in (old[:2], old[:2] + (1,) * (len(old) - 2)) else None
     if op.target in RESHAPE and old and new == old:
         return ""
     if op.target in RESHAPE and len(old) > 1 and new == (old[0], prod(old[1:])):

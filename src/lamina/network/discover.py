@@ -168,7 +168,7 @@ def _one_place(root: nn.Module, site: Site, aliases: tuple[str, ...]) -> bool:
 
 
 def _place(site: Site, same: list[Site], uses: Uses) -> tuple[Site, list[Refusal]]:
-    """Add what the forward pass showed: positions over all uses, and raw reads."""
+    """Add what the forward pass showed: positions over all uses, input sizes, and raw reads."""
     counted = [s for s in same if s.op == site.op or s.op != "embedding"]
     positions = sum(uses.positions.get(s.weight, 0.0) for s in counted)
     called = any(s.weight in uses.calls for s in same)
@@ -179,7 +179,9 @@ def _place(site: Site, same: list[Site], uses: Uses) -> tuple[Site, list[Refusal
     note = (
         [] if called else [Refusal(site.name, "statistics", "never called by the example inputs")]
     )
-    return replace(site, positions=positions, rigid=rigid), note
+    sizes = frozenset[tuple[int, ...]]().union(*(uses.extents.get(s.weight, ()) for s in same))
+    extent = next(iter(sizes)) if len(sizes) == 1 else ()
+    return replace(site, positions=positions, rigid=rigid, extent=extent), note
 
 
 def _read_elsewhere(site: Site, readers: Mapping[str, list[Op]], tensors: Tensors) -> str:

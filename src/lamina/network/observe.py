@@ -27,11 +27,13 @@ class Uses:
         positions: output positions per sample at which the weight was applied, over all calls.
         calls: how often its module, or a raw read that multiplies by it, ran.
         raw: the module path that read the weight outside its own module's forward.
+        extents: of a convolution, the spatial sizes of the inputs it was given.
     """
 
     positions: Mapping[str, float] = field(default_factory=dict)
     calls: Mapping[str, int] = field(default_factory=dict)
     raw: Mapping[str, str] = field(default_factory=dict)
+    extents: Mapping[str, frozenset[tuple[int, ...]]] = field(default_factory=dict)
 
 
 def observe(network: Network, sites: Iterable[Site]) -> Uses | str:
@@ -66,6 +68,7 @@ class _Watch(TorchFunctionMode):
         self.positions: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         self.raw: dict[str, str] = {}
+        self.extents: dict[str, frozenset[tuple[int, ...]]] = {}
         self.owners: dict[int, list[Site]] = {}
         self.weights: dict[int, list[tuple[Site, nn.Module]]] = {}  # biases too
         for site in sites:
@@ -96,7 +99,7 @@ class _Watch(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-        return Uses(self.positions, self.calls, self.raw)
+        return Uses(self.positions, self.calls, self.raw, self.extents)
 
     def _enter(self, path: str) -> Any:
         def push(module: nn.Module, args: Any) -> None:
@@ -110,6 +113,10 @@ class _Watch(TorchFunctionMode):
         for site in self.owners.get(id(module), ()):
             total = count_positions(site, module, args, kwargs, output)
             self._count(site, self.batch if total is None else total)
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            if site.op == "conv" and isinstance(first, torch.Tensor):
+                size = tuple(first.shape[-len(site.kernel) :])
+                self.extents[site.weight] = self.extents.get(site.weight, frozenset()) | {size}
 
     def _count(self, site: Site, total: float) -> None:
         name = site.weight

@@ -33,6 +33,8 @@ class Site:
         padding_mode: of convolutions.
         positions: output positions per sample at which the weight is applied (tokens, pixels,
             calls).
+        extent: spatial sizes of a convolution's input, where every call that was seen had the
+            same; `()`: unknown.
         rigid: why the layer's form must stay (`""`: it may be replaced); values may change anyway.
         aliases: other parameter names that are the same tensor (tied weights).
         members: names of the layer sites of a chain, in order.
@@ -54,6 +56,7 @@ class Site:
     dilation: tuple[int, ...] = ()
     padding_mode: str = "zeros"
     positions: float = 1.0
+    extent: tuple[int, ...] = ()
     rigid: str = ""
     aliases: tuple[str, ...] = ()
     members: tuple[str, ...] = ()

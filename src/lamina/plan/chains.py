@@ -1,15 +1,24 @@
-"""Proposing: every site's offers, chains of methods included, as a Pareto list per site."""
+"""Proposing: every site's offers, chains of methods included, as a Pareto list per site.
+
+A method that is not final (low rank, pruning) offers points, and each point is ended by every final
+method, on the layers it leaves. These layers form families: the encoders of all ranks of one layer
+are alike. A final method that can offers for a whole family at once (`methods.base.Alike`): there
+few tensors are really coded, and no step is tried that is much finer than what the point has lost
+already. That is what makes it cheap to extend every point instead of a few.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from lamina.codecs.alike import spread
 from lamina.errors import MethodError
 from lamina.measure.stats import Cost, LayerStats, Stats
 from lamina.methods.base import (
+    Alike,
     Candidate,
+    Leaf,
     Method,
     Stage,
     Step,
@@ -20,12 +29,18 @@ from lamina.methods.base import (
 )
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
+from lamina.plan.fronts import COMBINED, join, pareto, thin
 
-EXTENDED = (3, 1)  # points of a first, a second non-final method's curve that are extended
-COMBINED = 24  # points kept of the joint curve of the layers one step leaves
+__all__ = ["COMBINED", "EXTENDED", "Candidates", "join", "pareto", "propose", "thin"]
+
+EXTENDED = (24, 1)  # points of a first, a second non-final method's curve that are extended
+VALUES_SHARE = 3  # a method that shapes nothing but values gets one in so many of these
+NESTED = 2  # layers of a family on which a second non-final method is tried
+NEGLIGIBLE = 0.01  # of what a point has lost already
 
 Candidates = Mapping[str, tuple[Candidate, ...]]
 Progress = Callable[[int, int, str], None]
+Line = list[Candidate]
 
 
 def propose(
@@ -34,6 +49,7 @@ def propose(
     stats: Stats,
     methods: Sequence[str] | None = None,
     progress: Progress | None = None,
+    bytes_count: bool = True,
 ) -> dict[str, tuple[Candidate, ...]]:
     """Ask every method for its offers on every layer site, and chain them through the stages.
 
@@ -43,6 +59,8 @@ def propose(
         stats: from `measure`; data-free if `stats.samples == 0`.
         methods: names of the methods to ask; default: all. `keep` is always asked.
         progress: called with (sites done, sites in all, site name).
+        bytes_count: whether the budget limits bytes. Where it does not, methods that only change
+            how values are stored have nothing to offer but error, and are not asked.
 
     Returns:
         Per site name its Pareto candidates, sorted by falling cost in bits.
@@ -51,6 +69,8 @@ def propose(
         MethodError: an unknown method.
     """
     asked = choose_methods(methods)
+    if not bytes_count:
+        asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES]
     found: dict[str, tuple[Candidate, ...]] = {}
     for i, site in enumerate(sites.layers):
         if progress:
@@ -93,109 +113,149 @@ def refusals(sites: Sites, methods: Sequence[Method]) -> list[tuple[str, str, st
     ]
 
 
-def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Keep candidates that no other beats in error and in every cost; sorted by falling bits."""
-    ordered = sorted(candidates, key=lambda c: (c.cost.bits, c.cost.macs, c.error, str(c.steps)))
-    kept: list[Candidate] = []
-    for c in ordered:
-        if not any(_beats(k, c) for k in kept):
-            kept.append(c)
-    return tuple(reversed(kept))
-
-
-def _beats(a: Candidate, b: Candidate) -> bool:
-    return (
-        a.error <= b.error
-        and a.cost.bits <= b.cost.bits
-        and a.cost.macs <= b.cost.macs
-        and a.cost.params <= b.cost.params
-        and a.cost.seconds <= b.cost.seconds
-    )
-
-
 def _chains(
     site: Site,
     weights: Weights,
     stats: LayerStats | None,
     methods: Sequence[Method],
-    before: tuple[Stage, ...],
+    before: tuple[Stage, ...] = (),
 ) -> list[Candidate]:
     """Return all chains for a layer whose non-final methods come after the stages `before`."""
-    found: list[Candidate] = []
+    return _lines([Leaf(site, weights, stats)], [0.0], methods, before)[0]
+
+
+def _lines(
+    family: Sequence[Leaf], floors: Sequence[float], methods: Sequence[Method],
+    before: tuple[Stage, ...],
+) -> list[Line]:  # fmt: skip
+    """Return all chains for every layer of a family.
+
+    Args:
+        family: layers alike; before the first step it is one layer alone.
+        floors: the error that was made before each of them.
+        methods: to ask; `keep` is not asked for what a step has left, whose cost is known.
+        before: stages of the steps that left the family.
+    """
+    found: list[Line] = [[] for _ in family]
     for method in methods:
-        if site.kind not in method.kinds or method.refuse(site):
-            continue
-        if method.final:
-            found += method.propose(site, weights, stats)
-        elif len(before) < len(EXTENDED) and all(method.stage > stage for stage in before):
-            offers = pareto(method.propose(site, weights, stats))
-            for offer in thin(offers, EXTENDED[len(before)]):
-                found += _extend(offer, method, site, weights, stats, methods, before)
+        served = [i for i, leaf in enumerate(family) if serves(method, leaf.site)]
+        if not method.final:
+            if len(before) < len(EXTENDED) and all(method.stage > stage for stage in before):
+                _extend(method, family, floors, methods, before, served, found)
+        elif not before or method.name != "keep":
+            for i, line in zip(
+                served, _offers(method, family, floors, served, before), strict=True
+            ):
+                found[i] += line
     return found
 
 
-def _extend(
-    offer: Candidate,
-    method: Method,
-    site: Site,
-    weights: Weights,
-    stats: LayerStats | None,
-    methods: Sequence[Method],
+def serves(method: Method, site: Site) -> bool:
+    """Return whether a method takes a site."""
+    return site.kind in method.kinds and not method.refuse(site)
+
+
+def _offers(
+    method: Method, family: Sequence[Leaf], floors: Sequence[float], served: Sequence[int],
     before: tuple[Stage, ...],
-) -> list[Candidate]:
-    """Extend a non-final offer by the joint curve of the layers it leaves."""
-    leaves = method.leave(site, weights, stats, offer.steps[0].settings)
-    curves = [
-        thin(
-            pareto(_chains(leaf.site, leaf.weights, leaf.stats, methods, (*before, method.stage))),
-            COMBINED,
+) -> list[tuple[Candidate, ...]]:  # fmt: skip
+    """Return a final method's offers for the served layers of a family."""
+    leaves = [family[i] for i in served]
+    if before and isinstance(method, Alike):
+        return method.propose_alike(leaves, [floors[i] for i in served])
+    return [tuple(method.propose(leaf.site, leaf.weights, leaf.stats)) for leaf in leaves]
+
+
+def _extend(
+    method: Method, family: Sequence[Leaf], floors: Sequence[float], methods: Sequence[Method],
+    before: tuple[Stage, ...], served: Sequence[int], found: list[Line],
+) -> None:  # fmt: skip
+    """Add the chains that begin with a non-final method, to the lines of the layers it serves."""
+    picks: list[tuple[int, Candidate, tuple[Leaf, ...]]] = []
+    for k in spread(len(served), NESTED if before else len(served)):
+        leaf = family[served[k]]
+        offers = pareto(method.propose(leaf.site, leaf.weights, leaf.stats))
+        for offer in _points(method, offers, len(before)):
+            settings = offer.steps[0].settings
+            left = method.leave(leaf.site, leaf.weights, leaf.stats, settings)
+            picks.append((served[k], offer, left))
+    lines: list[list[Line]] = [[[] for _ in left] for _, _, left in picks]
+    for place in range(max((len(left) for _, _, left in picks), default=0)):
+        members = [n for n, (_, _, left) in enumerate(picks) if place < len(left)]
+        members.sort(key=lambda n: picks[n][1].cost.bits)
+        alike = _lines(
+            [picks[n][2][place] for n in members],
+            [floors[picks[n][0]] + picks[n][1].error for n in members],
+            methods,
+            (*before, method.stage),
         )
-        for leaf in leaves
+        for n, line in zip(members, alike, strict=True):
+            lines[n][place] = line
+    for (i, offer, left), curves in zip(picks, lines, strict=True):
+        how = "sum" if family[i].stats is not None else "max"
+        found[i] += _ended(offer, left, curves, how, floors[i])
+
+
+def ended_by(
+    method: Method, last: Method, site: Site, weights: Weights, stats: LayerStats | None
+) -> list[Candidate]:
+    """Return a layer's chains of one non-final method and one final one, or `keep`, after it."""
+    found: list[Line] = [[]]
+    _extend(method, [Leaf(site, weights, stats)], [0.0], [last], (), [0], found)
+    return found[0]
+
+
+def _points(method: Method, offers: tuple[Candidate, ...], depth: int) -> Sequence[Candidate]:
+    """Return the points of a non-final method's curve that are extended."""
+    count = EXTENDED[depth]
+    if method.stage >= Stage.VALUES:
+        count = -(-count // VALUES_SHARE)
+    if count > 1:
+        return thin(offers, count)
+    return offers[len(offers) // 2 :][:count]  # one alone: neither end is of much use
+
+
+def _ended(
+    offer: Candidate, leaves: Sequence[Leaf], curves: Sequence[Line], how: str, floor: float
+) -> list[Candidate]:
+    """End a non-final offer: its layers kept as they are, or on their joint curve."""
+    keeps = _kept(offer, leaves)
+    steps = tuple(step for keep in keeps for step in keep.steps)
+    ended = [Candidate(offer.site, offer.steps + steps, offer.cost, offer.error)]
+    if not any(curves):
+        return ended
+    each = [
+        thin(pareto(curve), COMBINED) if curve else (keep,)
+        for curve, keep in zip(curves, keeps, strict=True)
     ]
-    together = join(curves, "sum" if stats is not None else "max")
+    fixed = sum(leaf.bits for leaf in leaves)
+    for c in _useful(join(each, how), floor + offer.error):
+        cost = replace(
+            c.cost, bits=c.cost.bits + fixed, macs=offer.cost.macs, params=offer.cost.params
+        )
+        ended.append(Candidate(offer.site, offer.steps + c.steps, cost, offer.error + c.error))
+    return ended
+
+
+def _kept(offer: Candidate, leaves: Sequence[Leaf]) -> list[Candidate]:
+    """Return what an offer's layers cost as they are: shares of what it costs itself."""
+    sizes = [sum(t.numel() for t in leaf.weights.values()) for leaf in leaves]
+    bits = max(0.0, offer.cost.bits - sum(leaf.bits for leaf in leaves))
     return [
         Candidate(
-            site.name,
-            offer.steps + c.steps,
-            replace(c.cost, macs=offer.cost.macs, params=offer.cost.params),
-            offer.error + c.error,
+            leaf.site.name,
+            (Step("keep", leaf.site.name),),
+            Cost(bits=bits * size / max(1, sum(sizes))),
+            0.0,
         )
-        for c in together
+        for leaf, size in zip(leaves, sizes, strict=True)
     ]
 
 
-def join(curves: Sequence[Sequence[Candidate]], how: str = "sum") -> list[Candidate]:
-    """Return the joint curve of several layers that are chosen together (a Pareto list).
-
-    Errors add up (`"sum"`), or the largest counts (`"max"`, data-free); costs add up.
-    """
-    joint = [Candidate("", (), Cost(), 0.0)]
-    for curve in curves:
-        both = [
-            Candidate(
-                "",
-                a.steps + b.steps,
-                a.cost + b.cost,
-                a.error + b.error if how == "sum" else max(a.error, b.error),
-            )
-            for a in joint
-            for b in curve
-        ]
-        joint = list(thin(pareto(both), COMBINED))
-    return joint
-
-
-def thin(candidates: Sequence[Candidate], count: int) -> tuple[Candidate, ...]:
-    """Keep at most `count` candidates, spread evenly over the log of the bits, ends included."""
-    if len(candidates) <= count:
-        return tuple(candidates)
-    if count < 2:
-        return tuple(candidates[:count])
-    logs = [math.log(max(c.cost.bits, 1.0)) for c in candidates]
-    top, bottom = logs[0], logs[-1]
-    wanted = [top + (bottom - top) * i / (count - 1) for i in range(count)]
-    picks = {min(range(len(logs)), key=lambda j: (abs(logs[j] - w), j)) for w in wanted[1:-1]}
-    return tuple(candidates[i] for i in sorted(picks | {0, len(logs) - 1}))
+def _useful(line: Sequence[Candidate], floor: float) -> list[Candidate]:
+    """Drop points that only take back an error far below what was lost before; keep the first."""
+    small = [c for c in line if c.error <= NEGLIGIBLE * floor]
+    return [c for c in line if c.error > NEGLIGIBLE * floor] + small[-1:]
 
 
 def total(costs: Iterable[Cost]) -> Cost:

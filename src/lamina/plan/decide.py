@@ -16,6 +16,8 @@ from lamina.plan.costs import fixed_cost, original_cost
 from lamina.plan.plan import Decision, Plan
 
 FIELDS = {"bytes": "bits", "macs": "macs", "params": "params", "seconds": "seconds"}
+SCALE = {"bytes": 8.0}  # bits, in which candidates are counted, per byte
+WORDS = {"bytes": "size", "seconds": "latency"}  # names of limits where the resource's differs
 
 
 def plan(
@@ -33,9 +35,10 @@ def plan(
 
     Args:
         network, sites, stats, candidates: from the earlier stages.
-        budget: size, MACs and parameter limits (latency and `max_drop` are loops above this).
-        original: what the whole network costs as it is.
-        fixed: what everything outside the candidates costs (other tensors, the file's structure).
+        budget: size, MACs, parameter and latency limits (`max_drop` is a loop above this).
+        original: what the whole network costs as it is; with `seconds` where latency is limited.
+        fixed: what everything outside the candidates costs (other tensors, the file's structure,
+            the time outside the sites).
         objective: `"sum"`, `"minimax"`, or `"auto"`: the sum where there are statistics.
 
     Raises:
@@ -94,50 +97,42 @@ def make_plan(
     )
 
 
-def check_limits(budget: Budget) -> None:
-    """Refuse limits that cannot be planned for, before any work is done.
-
-    Raises:
-        BudgetError: a latency limit; this version has no latency tables.
-    """
-    if budget.latency is not None:
-        raise BudgetError(
-            "latency budgets cannot be planned yet",
-            f"latency={budget.latency!r}",
-            "no latency tables are measured",
-            "give macs= or params= instead",
-        )
-
-
 def limits_of(budget: Budget, original: Cost, fixed: Cost) -> tuple[list[str], np.ndarray]:
     """Return the limited resources and what the sites may spend of each.
 
     Raises:
-        BudgetError: a latency limit (this version has no latency tables), or no limit at all.
+        BudgetError: a latency limit where nothing was timed.
     """
-    whole = {"bytes": original.bits / 8, "macs": original.macs, "params": original.params}
-    check_limits(budget)
+    if budget.latency is not None and not original.seconds:
+        raise BudgetError(
+            "latency budgets need measured candidates",
+            f"latency={budget.latency!r}",
+            "the network and its candidates were not timed",
+            "use lamina.compress, or plan.seconds.with_seconds and costs with seconds",
+        )
+    whole = {"bytes": original.bits / 8} | {
+        r: getattr(original, r) for r in ("macs", "params", "seconds")
+    }
     limits = budget.resolve(whole)
-    resources: list[str] = [r for r in ("bytes", "macs", "params") if r in limits]
+    resources: list[str] = [r for r in FIELDS if r in limits]
     if not resources:  # max_drop alone: the search above gives a size
         return ["bytes"], np.array([np.inf])
-    spent = {"bytes": fixed.bits, "macs": fixed.macs, "params": fixed.params}
-    scale = {"bytes": 8.0, "macs": 1.0, "params": 1.0}
-    return resources, np.array([limits[r] * scale[r] - spent[r] for r in resources])
+    return resources, np.array(
+        [limits[r] * SCALE.get(r, 1.0) - getattr(fixed, FIELDS[r]) for r in resources]
+    )
 
 
 def infeasible(
     error: InfeasibleError, budget: Budget, resources: list[str], original: Cost, fixed: Cost
 ) -> InfeasibleError:
     """Restate the allocator's answer in whole-network units, with the nearest budget that works."""
-    spent = {"bytes": fixed.bits / 8, "macs": fixed.macs, "params": fixed.params}
-    scale = {"bytes": 8.0, "macs": 1.0, "params": 1.0}
     nearest = {}
     for i, r in enumerate(resources):
         value = error.nearest.get(str(i), float("nan"))
-        nearest[r] = float(np.ceil(value / scale[r] + spent[r]))
-    words = {"bytes": "size", "macs": "macs", "params": "params"}
-    offer = ", ".join(f"{words[r]}={v:.0f}" for r, v in nearest.items())
+        value = (value + getattr(fixed, FIELDS[r])) / SCALE.get(r, 1.0)
+        # Counts are whole; a time is rounded up, so that it can be met as it is written.
+        nearest[r] = float(np.ceil(value)) if r != "seconds" else value * (1 + 1e-9)
+    offer = ", ".join(f"{WORDS.get(r, r)}={_written(r, v)}" for r, v in nearest.items())
     return InfeasibleError(
         "no plan fits the budget",
         budget.describe(),
@@ -145,3 +140,7 @@ def infeasible(
         f"the nearest feasible budget is {offer}",
         nearest=nearest,
     )
+
+
+def _written(resource: str, value: float) -> str:
+    return f"{np.ceil(value * 1e7) / 1e4:.4f}ms" if resource == "seconds" else f"{value:.0f}"

@@ -10,7 +10,10 @@ from typing import Any
 
 from lamina.errors import MethodError
 from lamina.recipes.deep_compression import DeepCompression
+from lamina.recipes.filters import Filters
 from lamina.recipes.followed import Followed
+from lamina.recipes.funnel import Funnel
+from lamina.recipes.low_rank import LowRank
 from lamina.recipes.retraining import check_data
 from lamina.recipes.settings import Pruning
 from lamina.recipes.weightless import Weightless
@@ -18,15 +21,20 @@ from lamina.recipes.weightless import Weightless
 __all__ = [
     "RECIPES",
     "DeepCompression",
+    "Filters",
     "Followed",
+    "Funnel",
+    "LowRank",
     "Pruning",
     "Weightless",
     "check_data",
     "recipe_named",
 ]
 
-Recipe = DeepCompression | Weightless
-RECIPES: dict[str, type[Recipe]] = {r.name: r for r in (DeepCompression, Weightless)}
+Recipe = DeepCompression | Weightless | LowRank | Filters | Funnel
+RECIPES: dict[str, type[Recipe]] = {
+    r.name: r for r in (DeepCompression, Weightless, LowRank, Filters, Funnel)
+}
 
 
 def recipe_named(recipe: Any, **others: Any) -> Recipe | None:

@@ -58,6 +58,7 @@ class DeepCompression:
     """
 
     name: ClassVar[str] = "deep-compression"
+    trains: ClassVar[bool] = True  # needs training data
     pruning: Pruning = field(default_factory=Pruning)
     bits: Mapping[str, int] = field(default_factory=lambda: dict(BITS))
     start: str = "linear"

@@ -29,6 +29,7 @@ class Followed:
         history: of all trainings, one after the other.
         settings: of the recipe, as JSON values.
         notes: what a reader should know, one sentence each.
+        applied: the network before any training, where that is not what the plan alone makes.
     """
 
     plan: Plan
@@ -36,6 +37,7 @@ class Followed:
     history: tuple[Mapping[str, float], ...]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
+    applied: Edited | None = None
 
 
 def plan_of(

@@ -65,6 +65,7 @@ class Weightless:
     """
 
     name: ClassVar[str] = "weightless"
+    trains: ClassVar[bool] = True  # needs training data
     pruning: Pruning = field(default_factory=lambda: Pruning(density=0.03))
     clusters: int = 8
     cells: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)

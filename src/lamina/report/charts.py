@@ -92,42 +92,93 @@ def plot(
         vertical, horizontal: where a dashed limit lies.
     """
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = _frame(label, x, y)
+    if vertical is not None and x.low <= vertical <= x.high:
+        h, _ = _at(x, y, (vertical, y.low))
+        parts.append(f'<path class="limit" d="M{h:.1f} {TOP}V{bottom}"/>')
+    if horizontal is not None and y.low <= horizontal <= y.high:
+        _, v = _at(x, y, (x.low, horizontal))
+        parts.append(f'<path class="limit" d="M{LEFT} {v:.1f}H{right}"/>')
+    if line:
+        parts.append(_line("line", x, y, line))
+    for kind, point in marks:
+        h, v = _at(x, y, point)
+        shape = f'<circle cx="{h:.1f}" cy="{v:.1f}" r="6"' if kind == "planned" else _diamond(h, v)
+        parts.append(f'{shape} class="mark {escape(kind)}"/>')
+    return "".join(parts) + "</svg>"
 
-    def at(point: Point) -> Point:
-        return (
-            LEFT + x.place(point[0]) * (right - LEFT),
-            bottom - y.place(point[1]) * (bottom - TOP),
-        )
 
+def curves_plot(
+    label: str, x: Axis, y: Axis, curves: Sequence[tuple[str, Sequence[Point]]], taken: Point | None
+) -> str:
+    """Return several curves and the point taken as an SVG element.
+
+    Args:
+        label: what it shows, for readers who do not see it.
+        x, y: the axes.
+        curves: (class, points): every point is a dot, and a line joins those that no other point of
+            the curve beats.
+        taken: a point with a ring around it.
+    """
+    parts = _frame(label, x, y)
+    for kind, points in curves:
+        parts.append(_line(f"line {escape(kind)}", x, y, lower(points)))
+        for point in points:
+            h, v = _at(x, y, point)
+            parts.append(f'<circle cx="{h:.1f}" cy="{v:.1f}" r="2.5" class="dot {escape(kind)}"/>')
+    if taken is not None:
+        h, v = _at(x, y, taken)
+        parts.append(f'<circle cx="{h:.1f}" cy="{v:.1f}" r="7" class="mark taken"/>')
+    return "".join(parts) + "</svg>"
+
+
+def lower(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other one beats in both, from left to right.
+
+    Example:
+        >>> lower([(3, 1), (1, 5), (2, 6), (4, 1)])
+        [(1, 5), (3, 1)]
+    """
+    kept: list[Point] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def _frame(label: str, x: Axis, y: Axis) -> list[str]:
+    """Return the start of a chart: its element, its grid and its axes."""
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" class="plot">'
     ]
     for value in y.ticks():
-        _, v = at((x.low, value))
+        _, v = _at(x, y, (x.low, value))
         parts.append(f'<path class="grid" d="M{LEFT} {v:.1f}H{right}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{v + 4.5:.1f}" class="end">{_say(y, value)}</text>')
     for value in x.ticks():
-        h, _ = at((value, y.low))
+        h, _ = _at(x, y, (value, y.low))
         parts.append(f'<path class="grid" d="M{h:.1f} {TOP}V{bottom}"/>')
         parts.append(f'<text x="{h:.1f}" y="{bottom + 18}" class="mid">{_say(x, value)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>')
     if x.title:
         middle = (LEFT + right) / 2
         parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" class="mid">{escape(x.title)}</text>')
-    if vertical is not None and x.low <= vertical <= x.high:
-        h, _ = at((vertical, y.low))
-        parts.append(f'<path class="limit" d="M{h:.1f} {TOP}V{bottom}"/>')
-    if horizontal is not None and y.low <= horizontal <= y.high:
-        _, v = at((x.low, horizontal))
-        parts.append(f'<path class="limit" d="M{LEFT} {v:.1f}H{right}"/>')
-    if line:
-        path = "L".join(f"{h:.1f} {v:.1f}" for h, v in map(at, line))
-        parts.append(f'<path class="line" d="M{path}"/>')
-    for kind, point in marks:
-        h, v = at(point)
-        shape = f'<circle cx="{h:.1f}" cy="{v:.1f}" r="6"' if kind == "planned" else _diamond(h, v)
-        parts.append(f'{shape} class="mark {escape(kind)}"/>')
-    return "".join(parts) + "</svg>"
+    return parts
+
+
+def _at(x: Axis, y: Axis, point: Point) -> Point:
+    """Return where a point lies in the element."""
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    return (
+        LEFT + x.place(point[0]) * (right - LEFT),
+        bottom - y.place(point[1]) * (bottom - TOP),
+    )
+
+
+def _line(kind: str, x: Axis, y: Axis, points: Sequence[Point]) -> str:
+    path = "L".join("{:.1f} {:.1f}".format(*_at(x, y, point)) for point in points)
+    return f'<path class="{kind}" d="M{path}"/>'
 
 
 def _say(axis: Axis, value: float) -> str:

@@ -21,8 +21,9 @@ from lamina.forms import Edit
 from lamina.methods.base import registry, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
-from lamina.plan import Budget, Edited, Plan
+from lamina.plan import Budget, Candidates, Edited, Plan
 from lamina.plan.chains import refusals
+from lamina.plan.curves import prices, report_curves
 from lamina.report.compare import (
     FEWEST,
     SITES,
@@ -52,6 +53,7 @@ def collect(
     limit: float | None = None,
     history: Sequence[Mapping[str, float]] | None = None,
     recovery: Mapping[str, Any] | None = None,
+    candidates: Candidates | None = None,
 ) -> dict[str, Any]:
     """Measure what came of a compression and return it as facts; `Report` shows them.
 
@@ -67,6 +69,7 @@ def collect(
         seed: of the run.
         limit: the budget's limit on the file [bytes].
         history, recovery: of training; None where none was.
+        candidates: what the plan chose from, for the curves of the layers; None: there are none.
 
     Raises:
         DataError: the metric cannot be measured.
@@ -123,6 +126,10 @@ def collect(
             "planned": [plan.predicted.bits / 8, plan.error],
             "final": None if measured is None else [file_bytes, measured],
         },
+        "rounds": [],
+        "curves": report_curves(candidates or {}, plan),
+        "prices": prices(candidates, plan) if candidates else {},
+        "seconds": _seconds(candidates or {}, plan),
         "recovery": None
         if history is None
         else {
@@ -133,6 +140,23 @@ def collect(
         "stages": [],
         "notes": notes + _refused(sites),
     }
+
+
+def _seconds(candidates: Candidates, plan: Plan) -> dict[str, Any] | None:
+    """Return the measured latency of each layer before and as planned; None if none was timed."""
+    if not plan.original.seconds:
+        return None
+    before = {  # a layer as it is: nothing slower was offered
+        name: max((c.cost.seconds for c in offers), default=0.0)
+        for name, offers in candidates.items()
+    }
+    sites = {
+        name: {"before": before[name], "after": decided.cost.seconds}
+        for name, decided in plan.sites.items()
+        if before.get(name)
+    }
+    whole = {"original": plan.original.seconds, "predicted": plan.predicted.seconds}
+    return {**whole, "sites": sites}
 
 
 def owners_of(sites: Sites, edits: Sequence[Edit]) -> dict[str, str]:
@@ -261,6 +285,9 @@ def _errors(
         )
         for site in sites.layers
     }  # fmt: skip
+    if any(e.form == "narrow" for e in edited.edits):
+        notes.append("errors were not measured layer by layer: layers share the channels that went")
+        apart = False
     errors = site_errors(network, own, reference) if apart else {}
     applied = reference.error(edited.model)
     measured = applied if final is edited else reference.error(final.model)

@@ -12,7 +12,8 @@ from typing import Any
 from lamina.errors import RunError
 from lamina.run import write_atomic
 
-# What a report needs to be shown: a type, (types), [of items], {name: of value} or (one, None).
+# What a report needs to be shown: a type, (types), [of items], {name: of value} or (one, None);
+# a name "*" stands for all names there are.
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 TEXT = (str, type(None))
 NEEDED: dict[str, Any] = {
@@ -42,6 +43,15 @@ NEEDED: dict[str, Any] = {
     "recovery": ({"steps": int, "history": [{"step": NUMBER, "loss": MAYBE}]}, None),
     "stages": [{"name": str}],
     "notes": [str],
+}  # fmt: skip
+OPTIONAL: dict[str, Any] = {  # what not every report has
+    "rounds": [{"round": NUMBER, "why": str, "asked": str, "predicted": {"*": MAYBE},
+                "measured": {"*": MAYBE}, "kept": bool, "note": str}],
+    "curves": {"*": [{"chain": str, "steps": str, "bits": NUMBER, "params": NUMBER, "macs": NUMBER,
+                      "seconds": NUMBER, "error": MAYBE, "taken": bool}]},
+    "prices": {"*": MAYBE},
+    "seconds": ({"original": NUMBER, "predicted": NUMBER,
+                 "sites": {"*": {"before": NUMBER, "after": NUMBER}}}, None),
 }  # fmt: skip
 
 
@@ -128,13 +138,14 @@ def load_report(path: str | Path) -> Report:
     if file.is_dir():
         file = file / "report.json"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = plain(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         why = error.strerror or str(error)
         raise RunError("cannot read the report", str(file), why, "give a finished run") from None
     except (ValueError, RecursionError) as error:
         raise RunError("the report is not JSON", str(file), str(error)) from None
     check(facts, NEEDED, str(file))
+    check(facts, {name: kind for name, kind in OPTIONAL.items() if name in facts}, str(file))
     return Report(facts)
 
 
@@ -156,6 +167,8 @@ def check(value: Any, needed: Any, where: str) -> None:
     if not isinstance(value, kinds):
         raise RunError("not a report", where, f"a {type(value).__name__} is not expected here")
     if isinstance(needed, Mapping):
+        if "*" in needed:
+            needed = dict.fromkeys(value, needed["*"])
         for name, inner in needed.items():
             if name not in value:
                 raise RunError("not a report", where, f"it has no {name!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lamina.report import formats as f
 from lamina.report.charts import Axis, Point, bar, plot, span
+from lamina.report.layers import layer_curves
 from lamina.report.sections import Facts, sections, speed, verdict
 
 COLOURS = 9  # of layers in the bar; the smaller ones share one
@@ -34,6 +35,7 @@ def render_html(facts: Facts) -> str:
         cards=headlines(facts),
         bytes=ledger_bar(facts),
         charts=charts(facts),
+        curves=layer_curves(facts),
         sections={s.name: s for s in sections(facts)},
     )
 
@@ -82,10 +84,11 @@ def headlines(facts: Facts) -> list[dict[str, str]]:
             }
         )
     if took:
+        count = took.get("batch") or 1
         cards.append(
             {
                 "value": f.seconds(took["after_s"]),
-                "words": "per sample",
+                "words": "per sample" if count == 1 else f"per batch of {count:,}",
                 "detail": f"{f.seconds(took['before_s'])} before; {speed(took['ratio'])}",
                 "tone": "",
             }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lamina.report import formats as f
+from lamina.report.reasons import choices, latency, rounds
+from lamina.report.section import Facts, Section
 
-Facts = Mapping[str, Any]
+__all__ = ["Facts", "Section", "sections", "speed", "verdict"]
+
 LIMITS = {
     "bytes": ("size", f.exact),
     "macs": ("multiply-accumulates", f.count),
@@ -17,40 +19,21 @@ LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class Section:
-    """A titled table; every cell is text.
-
-    Args:
-        name: a short name, for links and tests.
-        title: of the section.
-        columns: header cells; empty where the rows need none.
-        right: the columns (by index) that hold numbers.
-        rows: the cells.
-        total: a last row that sums up, or empty.
-        note: a sentence under the table.
-    """
-
-    name: str
-    title: str
-    columns: tuple[str, ...]
-    right: frozenset[int]
-    rows: tuple[tuple[str, ...], ...]
-    total: tuple[str, ...] = ()
-    note: str = ""
-
-
 def sections(facts: Facts) -> list[Section]:
     """Return what there is to say, in the order people ask for it."""
-    return [
+    found = [
         asked(facts),
         got(facts),
+        rounds(facts),
         layers(facts),
+        choices(facts),
+        latency(facts),
         ledger(facts),
         refused(facts),
         notes(facts),
         made(facts),
     ]
+    return [section for section in found if section is not None]
 
 
 def asked(facts: Facts) -> Section:
@@ -123,7 +106,7 @@ def got(facts: Facts) -> Section:
     if facts["latency"]:
         took = facts["latency"]
         rows.append(
-            ("latency, one sample", f.seconds(took["before_s"]), f.seconds(took["after_s"]),
+            (_batch(took), f.seconds(took["before_s"]), f.seconds(took["after_s"]),
              speed(took["ratio"]))
         )  # fmt: skip
     return Section(
@@ -145,6 +128,11 @@ def verdict(facts: Facts) -> str:
 
 def _limit(name: str) -> str:
     return "metric" if name == "max_drop" else LIMITS.get(name, (name, f.number))[0]
+
+
+def _batch(took: Mapping[str, Any]) -> str:
+    count = took.get("batch") or 1
+    return "latency, one sample" if count == 1 else f"latency, batch of {count:,}"
 
 
 def _times(before: float, after: float) -> str:

@@ -111,7 +111,7 @@ class _Training:
         check_values(original.module)
         check_values(edited.model)
         self.recovery, self.data, self.edited, self.chains = recovery, data, edited, chains
-        device = PartialState().device
+        self.device = device = PartialState().device
         self.teacher = copy_module(original.module).eval().requires_grad_(False).to(device)
         self.student = copy_module(edited.model).to(device)
         self.norms = [m for m in self.student.modules() if isinstance(m, Norm)]
@@ -223,10 +223,11 @@ class _Training:
     def _step(self, batch: Batch) -> float:
         for norm in self.norms:
             norm.train(batch.size > 1)  # one value per channel has no variance
-        with torch.no_grad():
-            taught = call(self.teacher, batch)
-        output, levels = self.net(*batch.args, **batch.kwargs)
         r = self.recovery
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.half):
+            with torch.no_grad():
+                taught = call(self.teacher, batch)
+            output, levels = self.net(*batch.args, **batch.kwargs)
         tokens = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, torch.Tensor)]
         loss = distillation_loss(
             output, taught, batch.labels, self.loss_kind, weight=r.distill,

@@ -27,6 +27,8 @@ class Recovery:
         price: where the price of a bit starts: loss that all bits of the limit together cost.
         start: `"planned"`: from the values of the plan; `"wide"`: from the original values on grids
             no wider than half a standard deviation.
+        half: compute in bfloat16 where that is safe (weights stay as they are): faster on hardware
+            that has it, slower on other.
         seed: of data order and of dropout.
 
     Raises:
@@ -47,6 +49,7 @@ class Recovery:
     rate: bool = True
     price: float = 0.1
     start: str = "planned"
+    half: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -66,3 +66,4 @@ class LeNet5(nn.Module):
 
 # What this file adds to the zoo; `lamina.zoo` collects the `ZOO` of every file beside it.
 ZOO: dict[str, Callable[[], nn.Module]] = {"lenet-300-100": LeNet300100, "lenet-5": LeNet5}
+EXAMPLE, DATA = (1, 28, 28), "mnist-10k"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,8 +58,7 @@ class ResNet20(nn.Module):
         self.bn = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
         widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-        pairs = zip(widths, widths[1:], strict=False)
-        self.blocks = nn.Sequential(*(Block(a, b, b // a) for a, b in pairs))
+        self.blocks = nn.Sequential(*(Block(a, b, b // a) for a, b in pairwise(widths)))
         self.fc = nn.Linear(64, 10)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -70,3 +70,4 @@ class ResNet20(nn.Module):
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {"resnet20": ResNet20}
+EXAMPLE, DATA = (3, 32, 32), "CIFAR-10"

@@ -27,13 +27,14 @@ arXiv:2505.22988; Lifar et al. 2026 (WaterSIC), arXiv:2603.04956; Wiedemann et a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lamina import codecs
+from lamina.codecs.alike import ROWS, Curve, corrected, spread
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Grid
 from lamina.forms.values import exponent_scale
@@ -49,12 +50,14 @@ from lamina.methods.base import (
     weights_of,
 )
 from lamina.methods.rdoq.feedback import Array, Prices, code_lengths, feed_forward
-from lamina.methods.rdoq.problem import Problem, diagonal_of, pose
+from lamina.methods.rdoq.problem import Problem, Sides, diagonal_of, pose
 from lamina.network.sites import Site, as_matrix, from_matrix
 from lamina.network.source import Network
 
 # Steps on offer, as log2(step / rms of the weights): dense where a fifth to five bits are spent.
 COARSE = (*(k / 2 for k in range(9)), 5.0, 6.0)
+ALIKE_OCTAVES = (-8.0, -5.0, -3.5, -2.5, -1.5, -0.75, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+FINEST, COARSEST = 5e-3, 50.0  # times the error made before: beyond these no step is tried there
 OCTAVES = (-12.0, -8.0, -5.0, -3.5, -2.5, -1.5, -0.75, *COARSE)
 SCALES = ("none", "rows", "columns")
 EXACT, ANCHORS = 1 << 9, 4  # above so many symbols, only so many candidates are coded
@@ -262,12 +265,11 @@ class Rdoq:
         if not weights["weight"].numel():
             return ()
         problem = pose(site, weights, stats)
-        live = problem.matrix[problem.matrix != 0]
-        rms = math.sqrt(float((live**2).mean())) if live.size else 1.0
+        live, rms = _scale_of(problem)
         params = sum(tensor.numel() for tensor in weights.values())
         scales = ("none", "columns") if problem.counts is not None else ("none",)
         rate = usual_rate(problem)
-        octaves = OCTAVES if live.size else (0.0,)
+        octaves = OCTAVES if live else (0.0,)
         offers = []
         for scale in scales:
             steps = [_float32(rms * 2**octave) for octave in octaves]
@@ -278,6 +280,42 @@ class Rdoq:
                 cost = Cost(params, 8 * size, site.macs)
                 offers.append(Candidate(site.name, chain, cost, result.error))
         return _front(offers)
+
+    def propose_alike(
+        self, leaves: Sequence[Leaf], floors: Sequence[float]
+    ) -> list[tuple[Candidate, ...]]:
+        """Offer whole octaves of steps for layers alike, none much finer than the error before.
+
+        Raises:
+            SiteError: the weights are not finite.
+        """
+        exactly = set(spread(len(leaves), ROWS))
+        sides: Sides = []
+        lines: list[list[tuple[float, float, float]]] = []
+        curves = []
+        for i, (leaf, floor) in enumerate(zip(leaves, floors, strict=True)):
+            problem = pose(leaf.site, leaf.weights, leaf.stats, sides)
+            live, rms = _scale_of(problem)
+            rate, tried = usual_rate(problem), dict[float, Result]()
+            for octave in _octaves(tried, floor) if live else (0.0,):
+                step = _float32(rms * 2**octave)
+                tried[octave] = quantize(problem, leaf.weights, step, rate)
+            octaves = sorted(tried)
+            results = [tried[octave] for octave in octaves]
+            length = Result.size if i in exactly else None
+            curves.append(Curve.of(octaves, results, _quick_size, length))
+            lines.append([(r.values["weight"].step, rate, r.error) for r in results])
+        found = []
+        for leaf, line, sizes in zip(leaves, lines, corrected(curves), strict=True):
+            params = sum(tensor.numel() for tensor in leaf.weights.values())
+            offers = []
+            for (step, rate, error), size in zip(line, sizes, strict=True):
+                settings = {"step": step, "rate": rate, "scale": "none"}
+                chain = (Step(self.name, leaf.site.name, settings),)
+                cost = Cost(params, 8 * size, leaf.site.macs)
+                offers.append(Candidate(leaf.site.name, chain, cost, error))
+            found.append(_front(offers))
+        return found
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
@@ -304,6 +342,34 @@ class Rdoq:
         result = quantize(pose(site, weights, stats), weights, step, rate, scale)
         names = {"weight": site.weight, "bias": site.bias}
         return [Edit(names[key], "values", values=grid) for key, grid in result.values.items()]
+
+
+def _scale_of(problem: Problem) -> tuple[bool, float]:
+    """Return whether any weight is not zero, and the root mean square of those that are not."""
+    live = problem.matrix[problem.matrix != 0]
+    return bool(live.size), math.sqrt(float((live**2).mean())) if live.size else 1.0
+
+
+def _octaves(tried: Mapping[float, Result], floor: float) -> Iterator[float]:
+    """Yield octaves of steps for one of layers alike, from the middle outwards.
+
+    Args:
+        tried: what the steps yielded so far gave.
+        floor: the error made before; steps that lose far less, or far more, help nobody.
+    """
+    start = ALIKE_OCTAVES.index(0.0)
+    for octave in ALIKE_OCTAVES[start::-1]:
+        yield octave
+        if tried[octave].error <= FINEST * floor:
+            break
+    for octave in ALIKE_OCTAVES[start + 1 :]:
+        if floor > 0 and tried[max(tried)].error > COARSEST * floor and len(tried) > 2:
+            break
+        yield octave
+
+
+def _quick_size(result: Result) -> float:
+    return result.size(codecs.estimate)
 
 
 def _read(settings: Settings) -> tuple[float, float | None, str]:

@@ -16,6 +16,9 @@ DAMP_INPUT, DAMP_OUTPUT, DAMP_BIAS = 0.1, 1.0, 0.01  # of the mean diagonal; of 
 FREQUENCY_COUNTS = 3.0  # added to every token's count
 
 
+Sides = list[tuple[torch.Tensor, torch.Tensor, Side]]  # moment, damping and what follows from them
+
+
 @dataclass(frozen=True)
 class Problem:
     """One layer, ready to be quantized at any step.
@@ -50,8 +53,17 @@ def _damping(diagonal: torch.Tensor, share: float) -> torch.Tensor:
     return (share * mean).expand_as(diagonal).clone()
 
 
-def pose(site: Site, weights: Mapping[str, torch.Tensor], stats: LayerStats | None) -> Problem:
+def pose(
+    site: Site,
+    weights: Mapping[str, torch.Tensor],
+    stats: LayerStats | None,
+    sides: Sides | None = None,
+) -> Problem:
     """Prepare a layer: matrices, bias as an input, and the factors every step shares.
+
+    Args:
+        site, weights, stats: of the layer.
+        sides: factors of layers alike, which are looked through first, and added to.
 
     Raises:
         SiteError: the weights are not finite.
@@ -89,9 +101,20 @@ def pose(site: Site, weights: Mapping[str, torch.Tensor], stats: LayerStats | No
         own = torch.full((g, 1), DAMP_BIAS * max(stats.positions, 1e-12), dtype=torch.float64)
         damping = torch.cat([damping, own], 1)
     stats = LayerStats(H, G, None, stats.positions, stats.scale, stats.samples)
-    inputs = side_of(H, damping)
-    outputs = side_of(G, _damping(diagonal_of(G), DAMP_OUTPUT))
+    inputs = _shared_side(H, damping, sides)
+    outputs = _shared_side(G, _damping(diagonal_of(G), DAMP_OUTPUT), sides)
     return Problem(site, matrix.numpy(), inputs, outputs, stats, biased, held.numpy(), counts)
+
+
+def _shared_side(moment: torch.Tensor, damping: torch.Tensor, sides: Sides | None) -> Side:
+    """Return `side_of`, from layers alike where they have the same moment (ranks of one layer)."""
+    for known, damped, side in sides or ():
+        if torch.equal(known, moment) and torch.equal(damped, damping):
+            return side
+    side = side_of(moment, damping)
+    if sides is not None:
+        sides.append((moment, damping, side))
+    return side
 
 
 def _with_constant(H: torch.Tensor, stats: LayerStats) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""What the verbs of the command line share: opening a model and its data, and a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamina import cli_show as show
+
+if TYPE_CHECKING:
+    from lamina.run import RunFolder
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[RunFolder]:
+    """Open a run folder; errors that leave it say which one it was."""
+    from lamina.run import open_run
+
+    try:
+        with open_run(folder) as run:
+            yield run
+    except (Exception, KeyboardInterrupt) as error:
+        error.run_folder = folder  # type: ignore[union-attr]
+        raise
+
+
+def carry_out(
+    run: RunFolder, model: str, data: str | None, skeleton: str | None, budget: Any, **settings: Any
+) -> None:
+    """Run `compress` into a run folder, and print its report."""
+    from lamina.compress import compress as go
+
+    network, loaders = open_both(model, data, skeleton)
+    with show.progress_bar() as watch:
+        result = go(network, loaders, budget, run=run, watch=watch, **settings)
+    show.say(result.report.table())
+    show.say(f"\nnetwork  {run.path / 'net.lamina'}\nplan     {run.path / 'plan.json'}"
+             f"\nreport   {run.path / 'report.html'}")  # fmt: skip
+
+
+def open_both(
+    model: str, data: str | None, skeleton: str | None, own_data: bool = False
+) -> tuple[Any, Any]:
+    """Return the network and its data: what was named, or with `own_data` what it brings along."""
+    from lamina.data import as_data, load
+    from lamina.opening import open_model
+
+    loaders = load(data) if data is not None else None
+    network = open_model(model, None, loaders, skeleton)
+    return network, as_data(network.data) if own_data and loaders is None else loaders
+
+
+def write_dense(file: Path, out: Path, to: str = "") -> None:
+    """Write the dense tensors of a file, and say which."""
+    from lamina import artifact
+
+    show.show_written(artifact.decompress(file, out, to), out)
