@@ -1,9 +1,9 @@
 """How fast the planner allocates, and how far from the optimum: `python benchmarks/planner/run.py`.
 
 200 sites (`--sites`) with 40 options each, rate-distortion curves like those of real layers
-(quantizers at
-`a 2^(-2b)` of very different scale, low ranks with polynomial tails, noise on top), at several
-budgets, with one resource and with two. The referee is `milp`. Writes `result.json` beside itself.
+(quantizers at `a 2^(-2b)` of very different scale, low ranks with polynomial tails, noise on top),
+at several budgets, with one resource and with two. The referee is `milp`. Writes `result.json`
+beside itself.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def decide(
     from lamina.plan.chains import choose_methods
     from lamina.plan.explain import explain as why
     from lamina.plan.explain import layer_of, summarise
+    from lamina.rewriting import begin
     from lamina.stages import Way, measured, offered
     from lamina.verify import planned
 
@@ -66,13 +67,16 @@ def decide(
             watch=stack.enter_context(show.progress_bar()), metric=metric or "auto",
             methods=tuple(methods) if methods else None, samples=samples, seed=seed,
         )  # fmt: skip
+        begin(way, None if before is None else before.rewrite)
+        if way.rewritten is not None:  # the same layers, and what they have taken over
+            sites = discover(way.base)
         stats = measured(way, sites)
         candidates = offered(way, sites, stats)
         made = before or planned(way, sites, stats, candidates)
         text = made.show()
         if explain is not None and not whole:
             with way.timed("explain"):
-                found = why(network, sites, stats, candidates, made, explain, methods)
+                found = why(way.base, sites, stats, candidates, made, explain, methods)
             text = found.text()
         elif whole:
             text = summarise(candidates, made)

@@ -21,11 +21,12 @@ from lamina.network.load import check_network
 from lamina.network.sites import Sites
 from lamina.opening import load, open_model, save
 from lamina.plan import Budget, Plan
-from lamina.plan.apply import check_fits
+from lamina.plan.apply import check_fits, check_made_for
 from lamina.plan.chains import choose_methods
 from lamina.plan.lossless import keep_all
 from lamina.recipes import Followed, check_data, recipe_named
 from lamina.report import Report, collect
+from lamina.rewriting import begin
 from lamina.run import RunFolder, write_atomic
 from lamina.stages import (
     Watch,
@@ -139,7 +140,12 @@ def compress(
     way.folder, way.watch = run, watch
     with way.timed("discover"):
         check_network(way.network)
-        sites = discover(way.network)
+        if plan is not None:
+            check_made_for(plan, way.network)
+    if plan is not None or not follows:
+        begin(way, plan.rewrite if plan is not None else None)
+    with way.timed("discover"):
+        sites = discover(way.base)
         if plan is not None:
             check_fits(plan, way.network, sites)
         check_metric(way)
@@ -175,7 +181,7 @@ def compress(
             metric=metric_of(way), samples=stats.samples, seed=way.seed, limit=limit,
             history=recovered.history if recovered else None,
             recovery=vars(way.recovery) if recovered and way.recovery else None,
-            candidates=candidates,
+            candidates=candidates, base=way.base,
         )  # fmt: skip
         facts = judged(way, facts, final.model)
     made = Report({**facts, "notes": [*facts["notes"], *way.notes], "stages": way.stages})

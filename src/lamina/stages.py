@@ -25,9 +25,10 @@ from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
 from lamina.plan.chains import dump_candidates, parse_candidates
 from lamina.plan.costs import fixed_cost, original_cost
+from lamina.plan.rewrite import Rewritten
 from lamina.plan.seconds import structures_of, with_seconds
 from lamina.run import RunFolder, key_of
-from lamina.train import Recovered, Recovery, recalibrate, recover
+from lamina.train import Recovered, Recovery, recalibrate_if_closer, recover
 from lamina.train.checkpoint import read_checkpoint, write_checkpoint
 
 SMALL_ERROR = 1e-4  # [nats per sample] below this "auto" does not train
@@ -51,12 +52,29 @@ class Way:
     watch: Watch | None = None
     threads: int = 1  # of torch while latency is measured
     timer: Timer | None = None
-    table: LatencyTable | None = None  # of this network, where a latency is asked for
+    rewritten: Rewritten | None = None  # what the plan begins with, where that is another network
+    share: float = 1.0  # of the time of the network as given that the rewritten one takes
+    table: LatencyTable | None = None  # of `base`, where a latency is asked for
     costs: tuple[Cost, Cost] | None = None  # of the original, and of what no choice can change
     seconds: float | None = None  # what a plan may be predicted to take, so that it really fits
     rounds: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> Network:
+        """The network that sites, statistics, candidates and decisions are of."""
+        return self.rewritten.network if self.rewritten else self.network
+
+    @property
+    def rewriting(self) -> tuple[str, ...]:
+        """How `base` is rewritten; empty where it is the network as given."""
+        return self.rewritten.names if self.rewritten else ()
+
+    @property
+    def whole(self) -> float:
+        """What one forward pass of the network as given takes [s]; 0 where it was not timed."""
+        return self.table.whole / self.share if self.table else 0.0
 
     def say(self, stage: str) -> Callable[..., None]:
         """Return a progress callback for a stage; the last argument may be left out."""
@@ -102,14 +120,14 @@ def measured(way: Way, sites: Sites) -> Stats:
     """Return the statistics, from the run folder where they are there."""
     loader = way.data.calibration if way.data else None
     if loader is None:
-        return Stats(network=way.network.digest(), notes=("data-free",))
+        return Stats(network=way.base.digest(), notes=("data-free",))
     with way.timed("measure") as note:
-        key = key_of("stats", way.network.digest(), data_key(way.data), way.samples, way.seed)
+        key = key_of("stats", way.base.digest(), data_key(way.data), way.samples, way.seed)
 
         def make() -> bytes:
             return dump_stats(
                 calibrate(
-                    way.network, sites, way.data, samples=way.samples, seed=way.seed,
+                    way.base, sites, way.data, samples=way.samples, seed=way.seed,
                     progress=way.say("measure"),
                 )
             )  # fmt: skip
@@ -141,7 +159,7 @@ def offered(way: Way, sites: Sites, stats: Stats) -> Candidates:
             tell = way.say("propose")
             with cached(way.folder.path / "spectra" if way.folder else None):
                 return dump_candidates(
-                    propose(way.network, sites, stats, way.methods, tell, bytes_count=count)
+                    propose(way.base, sites, stats, way.methods, tell, bytes_count=count)
                 )
 
         found = parse_candidates(way.stored("candidates", key, ".json", make, note))
@@ -156,18 +174,19 @@ def clocked(way: Way, sites: Sites, candidates: Candidates) -> Candidates:
     """
     check_timed(way.network)
     with way.timed("time") as note:
-        given = structures_of(way.network, sites, candidates)
+        given = structures_of(way.base, sites, candidates)
         keys = {n: [path, [structure_key(path, s) for s in g]] for n, (path, g) in given.items()}
         key = key_of("latency", *clock_key(way), keys)
 
         def make() -> bytes:
             return measure_table(
-                way.network, given, threads=way.threads, timer=way.timer, progress=way.say("time")
-            ).dump()
+                way.base, given, threads=way.threads, timer=way.timer,
+                progress=way.say("time"), last=way.rewritten.last if way.rewritten else (),
+            ).dump()  # fmt: skip
 
         way.table = LatencyTable.parse(way.stored("latency", key, ".json", make, note))
         way.costs = None
-        kept, dropped = with_seconds(way.network, sites, candidates, way.table)
+        kept, dropped = with_seconds(way.base, sites, candidates, way.table)
         count = sum(len(g) for _, g in given.values())
         way.notes.append(
             f"Latency: {count} structures for {len(given)} layers were timed at the example inputs "
@@ -181,7 +200,7 @@ def clock_key(way: Way) -> list[Any]:
     """Return what a measured time depends on, whatever is measured."""
     network = way.network
     shape = key_of(repr(network.module), inputs_key(network))
-    return [network.digest(), shape, *machine_key(way.threads)]
+    return [network.digest(), shape, *machine_key(way.threads), *way.rewriting]
 
 
 def solved(
@@ -189,13 +208,15 @@ def solved(
 ) -> Plan:  # fmt: skip
     """Make the plan of least predicted error for one budget; what cannot change is counted once."""
     if way.costs is None:
-        original, fixed = original_cost(way.network, sites), fixed_cost(way.network, sites)
+        edits = (*way.rewritten.edits, *way.rewritten.last) if way.rewritten else ()
+        original, fixed = original_cost(way.network, sites), fixed_cost(way.base, sites, edits)
         if way.table is not None:
-            original = replace(original, seconds=way.table.whole)
+            original = replace(original, seconds=way.whole)
             fixed = replace(fixed, seconds=way.table.fixed)
         way.costs = original, fixed
     original, fixed = way.costs
-    return plan(way.network, sites, stats, candidates, budget, original=original, fixed=fixed)
+    found = plan(way.network, sites, stats, candidates, budget, original=original, fixed=fixed)
+    return replace(found, rewrite=way.rewriting)
 
 
 def noted(
@@ -238,10 +259,12 @@ def check_metric(way: Way) -> None:
 
 
 def applied(way: Way, chosen: Plan, sites: Sites, stats: Stats) -> Edited:
-    """Apply a plan, and re-estimate BatchNorm moments where the data allows it."""
-    edited = apply(way.network, chosen, sites, stats, progress=way.say("apply"))
+    """Apply a plan, and re-estimate BatchNorm moments where that brings outputs nearer."""
+    edited = apply(
+        way.network, chosen, sites, stats, progress=way.say("apply"), rewritten=way.rewritten
+    )
     if way.data and way.data.calibration is not None and edited.edits:
-        recalibrate(edited.network.module, way.data.calibration)
+        recalibrate_if_closer(way.network, edited.network.module, way.data.calibration)
     return edited
 
 

@@ -124,7 +124,7 @@ def seconds_limit(way: Way) -> float | None:
     if way.budget.latency is None or way.table is None:
         return None
     only = Budget(latency=way.budget.latency)
-    return only.resolve({"seconds": way.table.whole})["seconds"]
+    return only.resolve({"seconds": way.whole})["seconds"]
 
 
 def fast_enough(way: Way, sites: Sites, budget: Budget, make: Make) -> Plan:
@@ -140,7 +140,7 @@ def fast_enough(way: Way, sites: Sites, budget: Budget, make: Make) -> Plan:
     Raises:
         InfeasibleError: no plan is fast enough; `nearest` holds the fastest measured [s].
     """
-    limit, whole = seconds_limit(way), way.table.whole if way.table else 0.0
+    limit = seconds_limit(way)
     assert limit is not None
     wanted, allowed = AIM * limit, dict[int, float]()
     tried: list[Timed] = []
@@ -157,11 +157,10 @@ def fast_enough(way: Way, sites: Sites, budget: Budget, make: Make) -> Plan:
             break  # the other limits, or nothing at all, made it this fast
         if now.seconds > limit and at_least:
             break  # nothing is faster
-        wanted = corrected([(whole, whole), *((t.predicted, t.seconds) for t in tried)],
-                           AIM * limit)  # fmt: skip
+        wanted = corrected([known(way), *((t.predicted, t.seconds) for t in tried)], AIM * limit)
     fits = [t for t in tried if t.seconds <= limit]
     if not fits:
-        raise _too_slow(way, min(t.seconds for t in tried), whole)
+        raise _too_slow(way, min(t.seconds for t in tried), way.whole)
     best = min(fits, key=lambda t: (t.plan.error, -t.seconds))
     best.row["kept"] = True
     way.seconds = allowed[id(best.plan)]
@@ -174,24 +173,22 @@ def timed(way: Way, sites: Sites, made: Plan, before: Sequence[tuple[float, floa
     Args:
         before: (predicted, measured) of earlier rounds, whose line corrects this prediction.
     """
-    assert way.table is not None
-    whole = way.table.whole
-    edits = reshape_edits(way.network, sites, {n: d.steps for n, d in made.sites.items()})
+    edits = reshape_edits(way.base, sites, {n: d.steps for n, d in made.sites.items()})
     shape = [[e.path, e.form, dict(e.settings)] for e in edits]
 
     def measure() -> bytes:
-        if not edits:
+        if not edits and way.rewritten is None:
             return b"[1.0, 0.0]"
-        module = reshaped(way.network, edits)
+        module = reshaped(way.base, (*edits, *(way.rewritten.last if way.rewritten else ())))
         found = measure_ratio(
             way.network, module, threads=way.threads, seconds=SECONDS, timer=way.timer
         )
         return json.dumps(found[:2]).encode()
 
-    key = key_of("timed", *clock_key(way), way.table.whole, shape)
+    key = key_of("timed", *clock_key(way), way.whole, shape)
     ratio, noise = json.loads(way.stored("timed", key, ".json", measure, {}))
-    seconds = ratio * whole
-    guess = predict([(whole, whole), *before], made.predicted.seconds)
+    seconds = ratio * way.whole
+    guess = predict([known(way), *before], made.predicted.seconds)
     row = noted(way, "latency", f"latency={way.budget.latency}", made, {"seconds": seconds})
     row["predicted"]["seconds"] = guess
     limit = seconds_limit(way) or 0.0
@@ -202,19 +199,28 @@ def timed(way: Way, sites: Sites, made: Plan, before: Sequence[tuple[float, floa
     return Timed(made, seconds, row)
 
 
+def known(way: Way) -> tuple[float, float]:
+    """Return what planning starts from, as (predicted, measured): no plan changes a layer there."""
+    assert way.table is not None
+    return way.table.whole, way.table.whole
+
+
 def corrected(points: Sequence[tuple[float, float]], goal: float) -> float:
     """Return what a plan should be predicted to take, so that it really takes `goal`.
 
     Args:
-        points: (predicted, measured) [s]; the first is the original's time, twice.
-        goal: the time that is wanted [s], at most the original's.
+        points: (predicted, measured) [s]; the first is the unplanned network's time, twice.
+        goal: the time that is wanted [s].
 
     Example:
         >>> corrected([(10.0, 10.0), (6.0, 5.0)], 7.5)  # savings are 5/4 of what was predicted
         8.0
     """
-    above = min((p for p in points if p[1] >= goal), key=lambda p: (p[1], p[0]))
+    above = min((p for p in points if p[1] >= goal), key=lambda p: (p[1], p[0]), default=None)
     below = max((p for p in points if p[1] < goal), key=lambda p: (p[1], p[0]), default=None)
+    if above is None:  # nothing is as slow as that
+        assert below is not None
+        return max(1e-12, below[0] * goal / below[1])
     if below is None:  # no round was fast enough: along the line to the fastest
         below = min(points[1:] or points, key=lambda p: p[1])
         above = points[0]
@@ -275,15 +281,14 @@ def _small_enough(
         return solved(way, sites, stats, candidates, asked)
 
     limit, roomy = seconds_limit(way), fast_enough(way, sites, others, make)
-    assert limit is not None and way.table is not None
+    assert limit is not None
     for _ in range(2):
         found = searched(way, sites, stats, candidates, replace(others, latency=way.seconds))
         now = timed(way, sites, found)
         if now.seconds <= limit:
             now.row["kept"] = True
             return found
-        whole = way.table.whole
-        way.seconds = corrected([(whole, whole), (now.predicted, now.seconds)], AIM * limit)
+        way.seconds = corrected([known(way), (now.predicted, now.seconds)], AIM * limit)
     way.notes.append("No smaller plan kept to the latency as measured; the first that did is used.")
     return roomy
 
@@ -328,7 +333,7 @@ def judged(way: Way, facts: dict[str, Any], final: nn.Module) -> dict[str, Any]:
     limit = seconds_limit(way)
     if limit is None or way.table is None:
         return {**facts, "rounds": way.rounds}
-    whole = way.table.whole
+    whole = way.whole
     ratio, noise, _ = measure_ratio(
         way.network, final, threads=way.threads, seconds=SECONDS, timer=way.timer
     )

@@ -66,6 +66,9 @@ VALUES: tuple[Any, ...] = (
     "python:os.py:system",
     "low_rank",
     "tucker",
+    "biased",
+    "identity",
+    "layout",
     "values",
 )
 SIDES = (

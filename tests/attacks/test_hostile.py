@@ -157,6 +157,25 @@ def test_wild_ranks_build_nothing(outputs, inputs):
         restore(unpack(data), nn.Sequential(nn.Conv2d(32, 32, 3)))
 
 
+@pytest.mark.parametrize("value", [0, -1, 2, 1 << 20, 1 << 63, 1 << 200])
+def test_wild_layouts_and_settings_of_none_build_nothing(value):
+    from torch import nn
+
+    from lamina.artifact import restore
+
+    for edit in (
+        ["", "layout", {"channels_last": value}], ["", "layout", {"channels_last": 1, "x": value}],
+        ["0", "layout", {"channels_last": 1}], ["", "biased", {}], ["", "identity", {}],
+        ["0", "biased", {"outputs": value}], ["1", "identity", {"x": value}],
+        ["2", "biased", {}], ["0", "identity", {}],
+    ):  # fmt: skip
+        net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+        modules = list(net.modules())
+        with pytest.raises(FileError):
+            restore(unpack(seal({"edits": [edit]})), net)
+        assert list(net.modules()) == modules
+
+
 def test_edits_within_edits_do_not_grow():
     """Each would add a layer as large as the one before: a line of JSON for a megabyte."""
     import tracemalloc

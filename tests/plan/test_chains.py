@@ -145,7 +145,8 @@ def test_every_site_gets_a_front_with_a_lossless_end(case, monkeypatch):
     assert case.network.digest() == case.digest
     for name, offers in found.items():
         assert points(offers) == points(pareto(offers))
-        assert offers[0].error == 0 and offers[0].steps == (Step("keep", name),)
+        # Not always the first: a pair of tiny layers has fewer parameters, but two heads to store.
+        assert [c.steps for c in offers if c.error == 0] == [(Step("keep", name),)]
         assert all(c.site == name for c in offers)
         for c in offers:
             stages = [get_method(s.method).stage for s in c.steps if s.at == name]

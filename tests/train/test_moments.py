@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lamina.errors import DataError
-from lamina.train import recalibrate
+from lamina.network.source import Network
+from lamina.train import recalibrate, recalibrate_if_closer
 
 
 def make_net() -> nn.Sequential:
@@ -89,3 +90,36 @@ def test_single_samples_are_left_out() -> None:
     assert net[1].num_batches_tracked == 1
     assert recalibrate(net, [x[:1]]) == 0  # nothing to learn from: the old ones stay
     assert torch.allclose(net[1].running_mean, net[0](x).mean(0), atol=1e-6)
+
+
+class Half(nn.Module):
+    """A BatchNorm whose moments are right, or not, for what comes before it."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Linear(4, 4, bias=False)
+        self.norm = nn.BatchNorm1d(4)
+        with torch.no_grad():
+            self.scale.weight.copy_(scale * torch.eye(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.scale(x))
+
+
+def test_new_moments_are_kept_only_where_they_help():
+    torch.manual_seed(0)
+    x = torch.randn(4096, 4)
+    original = Half(1.0)
+    recalibrate(original, [x])
+    network = Network(original.eval(), (x[:2],), loss="features")
+    few = [x[:8]]
+    tripled, same = Half(3.0), Half(1.0)
+    for module in (tripled, same):
+        module.norm.load_state_dict(original.norm.state_dict())
+        module.eval()
+    assert recalibrate_if_closer(network, tripled, few)
+    assert not torch.equal(tripled.norm.running_var, original.norm.running_var)
+    before = {k: v.clone() for k, v in same.norm.state_dict().items()}
+    assert not recalibrate_if_closer(network, same, few)  # eight samples know less than 4,096
+    assert all(torch.equal(before[k], v) for k, v in same.norm.state_dict().items())
+    assert not recalibrate_if_closer(network, nn.Linear(4, 4), few)

@@ -111,7 +111,8 @@ def read_edits(manifest: Mapping[str, Any]) -> tuple[Edit, ...]:
         if not right or not is_text(edit[1]):
             why = "an edit is path, form and integers"
             raise FileError("the manifest is not valid", "edits", why)
-        if why := flaw_of(edit[0]):
+        # The whole network has the empty path, and only `install` knows which forms it may have.
+        if edit[0] and (why := flaw_of(edit[0])):
             raise FileError("the manifest is not valid", f"edits: {edit[0]!r}"[:200], why)
         edits.append(Edit(*edit))
     return tuple(edits)

@@ -4,6 +4,7 @@ from lamina.forms.channels import Gather, check_indices
 from lamina.forms.edit import BUILDERS, Edit, builder, find_tensor, install
 from lamina.forms.low_rank import GroupedLinear
 from lamina.forms.narrow import widths
+from lamina.forms.rewritten import conv_weights, is_channels_last
 from lamina.forms.tucker import build_tucker
 from lamina.forms.values import FORMS_OF_VALUES, Codebook, Grid, Plain, Sparse, Values
 
@@ -21,7 +22,9 @@ __all__ = [
     "build_tucker",
     "builder",
     "check_indices",
+    "conv_weights",
     "find_tensor",
     "install",
+    "is_channels_last",
     "widths",
 ]

@@ -17,7 +17,8 @@ class Edit:
     """One change: a module replaced by a form, or a parameter's values held in a form.
 
     Args:
-        path: module path (structural forms) or parameter / buffer name (forms of values).
+        path: module path (structural forms) or parameter / buffer name (forms of values); `""`,
+            the whole network, for `layout` alone.
         form: `"low_rank"`, ... or `"values"`.
         settings: the integers that, with the replaced module, say what the new module is.
         values: the values of the tensor at `path`; only where `form == "values"`.
@@ -40,6 +41,7 @@ HOOKS = (
 )
 Build = Callable[[nn.Module, Mapping[str, int]], nn.Module]
 BUILDERS: dict[str, Build] = {}  # structural forms, filled by the form files
+OF_ALL = ("layout",)  # forms of a whole network: they change it in place, and nothing else
 
 
 def builder(form: str) -> Callable[[Build], Build]:
@@ -72,6 +74,12 @@ def _replace(root: nn.Module, edit: Edit) -> None:
     build = BUILDERS.get(edit.form)
     if build is None:
         raise FileError("unknown form", edit.form, "this version does not have it", "update lamina")
+    if (edit.path == "") != (edit.form in OF_ALL):
+        why = "it is one of the whole network" if edit.path else "it is one of a layer"
+        raise FileError("an edit is in the wrong place", f"{edit.form} at {edit.path!r}", why)
+    if not edit.path:
+        build(root, edit.settings)
+        return
     parent_path, _, leaf = edit.path.rpartition(".")
     try:
         parent = root.get_submodule(parent_path)

@@ -104,6 +104,7 @@ def measure_table(
     seconds: float = 60.0,
     timer: Timer | None = None,
     progress: Progress | None = None,
+    last: Structure = (),
 ) -> LatencyTable:
     """Measure a network, its layers, and what may stand in their place.
 
@@ -114,6 +115,7 @@ def measure_table(
         seconds: what measuring may take, about.
         timer: times jobs in interleaved rounds; default: `clock`.
         progress: called with (geometries done, geometries in all, a site's name).
+        last: edits of the whole network that will follow any structure (a layout).
 
     Raises:
         BudgetError: the network has no example inputs.
@@ -148,7 +150,7 @@ def measure_table(
             progress(i, len(groups), names[0])
         kept = dict(_spread(sorted(found.items(), key=lambda kv: kv[1][0]), most))
         built = {key: edits for key, (_, edits) in kept.items()}
-        ratios = _ratios(dense[i], paths[names[0]], built, threads, time_left, timer)
+        ratios = _ratios(dense[i], paths[names[0]], built, threads, time_left, timer, last)
         for name in names:
             table.dense[name] = shares[i] * took * scale  # type: ignore[index]
             own = {structure_key(paths[name], s) for s in structures[name][1]}
@@ -167,11 +169,24 @@ def measure_ratio(
     Returns:
         the ratio of their times, what of it may be noise, and the original's time [s].
     """
+    found, whole = measure_ratios(network, [edited], threads, seconds, timer)
+    return *found[0], whole
+
+
+def measure_ratios(
+    network: Network, edited: Sequence[nn.Module], threads: int, seconds: float,
+    timer: Timer | None,
+) -> tuple[list[tuple[float, float]], float]:  # fmt: skip
+    """Time several edited networks against the original, all in turn.
+
+    Returns:
+        for each the ratio of its time and what of it may be noise; and the original's time [s].
+    """
     call = whole_call(network)
-    jobs = [Job(network.module, (call,)), Job(edited, (call,))]
+    jobs = [Job(module, (call,)) for module in (network.module, *edited)]
     rows = (timer or clock)(jobs, threads, seconds)
-    ratio, noise = middle([row[1] / row[0] for row in rows])
-    return ratio, noise, median(row[0] for row in rows)
+    found = [middle([row[i] / row[0] for row in rows]) for i in range(1, len(jobs))]
+    return found, median(row[0] for row in rows)
 
 
 def reshaped(network: Network, structure: Structure) -> nn.Module:
@@ -232,20 +247,20 @@ def _spread(rows: list[Any], most: int) -> Iterator[Any]:
 
 def _ratios(
     dense: Job, path: str, found: Mapping[str, tuple[str, Structure]], threads: int,
-    seconds: float, timer: Timer,
+    seconds: float, timer: Timer, last: Structure,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     ratios: dict[str, tuple[float, float]] = {}
     keys = list(found)
     for start in range(0, len(keys), CHUNK):
         part = keys[start : start + CHUNK]
-        jobs = [dense, *(Job(_built(dense.module, *found[key]), dense.calls) for key in part)]
+        jobs = [dense, *(Job(_built(dense.module, *found[key], last), dense.calls) for key in part)]
         rows = timer(jobs, threads, seconds * len(part) / len(keys))
         for i, key in enumerate(part):
             ratios[key] = middle([row[i + 1] / row[0] for row in rows])
     return ratios
 
 
-def _built(layer: nn.Module, path: str, structure: Structure) -> nn.Module:
+def _built(layer: nn.Module, path: str, structure: Structure, last: Structure) -> nn.Module:
     """Return what a structure puts in a layer's place, apart from its network."""
     holder = nn.Module()
     holder.add_module("layer", copy.deepcopy(layer))
@@ -254,6 +269,7 @@ def _built(layer: nn.Module, path: str, structure: Structure) -> nn.Module:
         Edit(f"layer{edit.path.removeprefix(path)}", edit.form, edit.settings)
         for edit in structure
     ])  # fmt: skip
+    install(holder, last)
     _fill(holder, known)
     return holder.get_submodule("layer")
 

@@ -46,6 +46,7 @@ from lamina.network.source import Network
 
 KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SCORES = ("magnitude", "obd")
+EXACT_SIZE = 1 << 12  # values up to which every version of a tensor is coded
 
 
 def diagonal_importance(site: Site, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
@@ -90,6 +91,17 @@ def _quick_bytes(tensor: torch.Tensor) -> float:
     return pattern + int(mask.sum()) * tensor.element_size()
 
 
+def _sizes(shares: list[float], versions: list[torch.Tensor]) -> list[float]:
+    """Return what versions of one tensor take [bytes], rising shares kept.
+
+    Bytes per non-zero change slowly with the share, so that of a longer tensor few are coded.
+    """
+    if not versions or versions[0].numel() <= EXACT_SIZE:
+        return [sparse_bits(pruned) / 8 for pruned in versions]
+    curve = Curve.of(shares, versions, _quick_bytes, lambda t: sparse_bits(t) / 8)
+    return corrected([curve])[0]
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """The method; see the card above."""
@@ -130,9 +142,7 @@ class Magnitude:
                 if not torch.equal(pruned, weight):  # else already as sparse as that
                     shares.append(keep)
                     versions.append(pruned)
-            # The non-zeros' bytes per value change slowly with the share: few are really coded.
-            curve = Curve.of(shares, versions, _quick_bytes, lambda t: sparse_bits(t) / 8)
-            for keep, pruned, size in zip(shares, versions, corrected([curve])[0], strict=True):
+            for keep, pruned, size in zip(shares, versions, _sizes(shares, versions), strict=True):
                 error = predict_error(stats, matrix, as_matrix(site, pruned - weight))
                 cost = Cost(params, 8 * size + extra, site.macs)
                 step = Step(self.name, site.name, {"keep": keep, "score": score})

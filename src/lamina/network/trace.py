@@ -56,6 +56,20 @@ class Flow:
                 found.setdefault(name, []).append(op)
         return found
 
+    def followers(self) -> dict[str, list[Op]]:
+        """Return the ops that read each op's result, in order.
+
+        Parts of a result that nobody reads (the indices of a pooling) are left out.
+        """
+        read = {name for op in self.ops for name in op.inputs}.union(self.outputs)
+        found: dict[str, list[Op]] = {}
+        for op in self.ops:
+            if op.target == "getitem" and op.name not in read:
+                continue
+            for name in op.inputs:
+                found.setdefault(name, []).append(op)
+        return found
+
 
 def trace(network: Network) -> Flow | str:
     """Return the data flow of a network at its example inputs, or one line why it cannot be had.

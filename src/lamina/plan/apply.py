@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from lamina.errors import NetworkError, PlanError
+from lamina.errors import PlanError
 from lamina.forms import Edit, find_tensor, install
 from lamina.measure.stats import LayerStats, Stats
 from lamina.methods.base import Choice, Leaf, Step, get_method, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan.plan import Plan
+from lamina.plan.rewrite import Rewritten, copy_module, rewrite
+
+__all__ = ["Edited", "apply", "check_fits", "check_made_for", "copy_module", "settle"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -46,15 +48,18 @@ def apply(
     *,
     inplace: bool = False,
     progress: Progress | None = None,
+    rewritten: Rewritten | None = None,
 ) -> Edited:
     """Carry out a plan on a copy of the network.
 
     Args:
         network: the network the plan was made for; unchanged unless `inplace`.
         plan: the decisions.
-        sites, stats: from `discover` and `measure`, as when the plan was made.
+        sites, stats: from `discover` and `measure`, as when the plan was made: of the rewritten
+            network, where the plan begins with a rewriting.
         inplace: edit the user's module itself.
         progress: called with (sites done, sites in all, site name).
+        rewritten: the network as the plan rewrites it, where that is known already.
 
     Raises:
         PlanError: the plan is for another network, or names a site that is not there.
@@ -62,6 +67,10 @@ def apply(
     """
     check_fits(plan, network, sites)
     edited = network if inplace else replace(network, module=copy_module(network.module))
+    first = rewritten or Rewritten(network)
+    if first.names != tuple(plan.rewrite):
+        first = rewrite(network, plan.rewrite)
+    install(edited.module, (*first.edits, *first.values, *first.last))
     edits: list[Edit] = []
     floats: dict[str, torch.Tensor] = {}
     for i, (name, decision) in enumerate(plan.sites.items()):
@@ -71,7 +80,8 @@ def apply(
         edits += _carry_out(edited, sites[name], stats.of(name), steps, name, floats)
     if progress:
         progress(len(plan.sites), len(plan.sites), "")
-    return Edited(edited, tuple(settle(edits)), floats)
+    install(edited.module, first.last)  # the layers that came since have an order of their own
+    return Edited(edited, (*first.edits, *settle(edits), *first.last), floats)
 
 
 def check_fits(plan: Plan, network: Network, sites: Sites) -> None:
@@ -80,13 +90,7 @@ def check_fits(plan: Plan, network: Network, sites: Sites) -> None:
     Raises:
         PlanError: the digests differ, or a site is missing.
     """
-    if plan.network != network.digest():
-        raise PlanError(
-            "the plan was made for another network",
-            plan.network,
-            f"this network is {network.digest()}",
-            "plan again for this network",
-        )
+    check_made_for(plan, network)
     known = {site.name for site in sites.layers}
     for name in plan.sites:
         if name not in known:
@@ -98,18 +102,19 @@ def check_fits(plan: Plan, network: Network, sites: Sites) -> None:
             )
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """Return a deep copy of a module.
+def check_made_for(plan: Plan, network: Network) -> None:
+    """Refuse a plan whose digest is another network's.
 
     Raises:
-        NetworkError: the module cannot be copied.
+        PlanError: the digests differ.
     """
-    try:
-        return copy.deepcopy(module)
-    except Exception as error:
-        raise NetworkError(
-            "the network cannot be copied", type(module).__name__, str(error), "use inplace=True"
-        ) from error
+    if plan.network != network.digest():
+        raise PlanError(
+            "the plan was made for another network",
+            plan.network,
+            f"this network is {network.digest()}",
+            "plan again for this network",
+        )
 
 
 def _carry_out(

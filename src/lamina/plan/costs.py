@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lamina.artifact import pack, unpack
@@ -29,8 +31,13 @@ def original_cost(network: Network, sites: Sites) -> Cost:
     return Cost(params, 8.0 * sum(seen.values()), sum(site.macs for site in sites.layers))
 
 
-def fixed_cost(network: Network, sites: Sites) -> Cost:
-    """Return what lies outside the sites' values: other tensors, manifest, heads, checksum."""
+def fixed_cost(network: Network, sites: Sites, structure: Sequence[Edit] = ()) -> Cost:
+    """Return what lies outside the sites' values: other tensors, manifest, heads, checksum.
+
+    Args:
+        network, sites: which tensors are chosen for.
+        structure: structural edits that the file names whatever is chosen.
+    """
     chosen = {p for site in sites.layers for p in (site.weight, site.bias) if p}
     tensors = [find_tensor(network.module, name) for name in chosen]
     # The sites' values are left out before packing: coding them takes long, and nobody asks here.
@@ -38,7 +45,7 @@ def fixed_cost(network: Network, sites: Sites) -> Cost:
         Edit(name, "values", values=Plain(torch.zeros_like(tensor)))
         for name, tensor in zip(chosen, tensors, strict=True)
     )
-    file = pack(network.module, edits, network.source, PLAN)
+    file = pack(network.module, (*structure, *edits), network.source, PLAN)
     ledger = unpack(file, max_bytes=1 << 62).ledger  # so many zeros would look like a bomb
     others = sum(size for part, size in ledger.items() if part not in chosen)
     heads = sum(1 + len(varint(t.numel() * t.element_size())) for t in tensors)

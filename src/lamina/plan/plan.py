@@ -46,6 +46,8 @@ class Plan:
         error: the predicted error [nats per sample], or the largest relative error (minimax).
         curve: the network's rate-distortion curve: (size [bytes], error) pairs.
         name: the network's name.
+        rewrite: how the network is rewritten before anything else, without loss: of `"fold"` and
+            `"channels_last"`.
     """
 
     network: str
@@ -58,6 +60,7 @@ class Plan:
     error: float = 0.0
     curve: tuple[tuple[float, float], ...] = ()
     name: str = "network"
+    rewrite: tuple[str, ...] = ()
 
     def show(self) -> str:
         """Return the plan as a plain text table."""
@@ -70,6 +73,8 @@ class Plan:
             for r in rows
         ]
         ratio = self.original.bits / max(self.predicted.bits, 1)
+        if self.rewrite:
+            lines.append(f"rewritten first: {', '.join(self.rewrite)}")
         lines.append(
             f"{self.name}: {self.original.bits / 8:,.0f} -> {self.predicted.bits / 8:,.0f} bytes "
             f"({ratio:.1f}x smaller), predicted error {self.error:.3g} ({self.objective})"
@@ -78,10 +83,12 @@ class Plan:
 
     def dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
+        rewriting = {"rewrite": list(self.rewrite)} if self.rewrite else {}
         return {
             "lamina_plan": VERSION,
             "name": self.name,
             "network": self.network,
+            **rewriting,
             "budget": dict(self.budget),
             "objective": self.objective,
             "original": vars(self.original),
@@ -166,6 +173,7 @@ class Plan:
             error=error_sum,
             curve=tuple((a, b) for a, b in read.curve),
             name=read.name,
+            rewrite=tuple(read.rewrite),
         )
 
 
@@ -195,6 +203,7 @@ def _document() -> Any:
         lamina_plan=(Literal[1], ...),
         name=(str, "network"),
         network=(str, ...),
+        rewrite=(list[Literal["fold", "channels_last"]], []),
         budget=(dict[str, Any], {}),
         objective=(Literal["sum", "minimax"], "sum"),
         original=(cost_model, cost_model()),

@@ -100,14 +100,7 @@ class _Walk:
         self.root, self.ops = root, {op.name: op for op in flow.ops}
         self.tensors = named_tensors(root)
         self.readers = flow.readers(self.tensors.first)
-        read = {name for op in flow.ops for name in op.inputs}.union(flow.outputs)
-        self.outputs = set(flow.outputs)
-        self.after: dict[str, list[Op]] = {}
-        for op in flow.ops:
-            if op.target == "getitem" and op.name not in read:
-                continue  # the indices of a pooling
-            for name in op.inputs:
-                self.after.setdefault(name, []).append(op)
+        self.outputs, self.after = set(flow.outputs), flow.followers()
         self.paths: dict[int, list[str]] = {}
         for path, module in root.named_modules(remove_duplicate=False):
             self.paths.setdefault(id(module), []).append(path)

@@ -24,6 +24,7 @@ from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan
 from lamina.plan.chains import refusals
 from lamina.plan.curves import prices, report_curves
+from lamina.plan.rewrite import FORMS as REWRITING
 from lamina.report.compare import (
     FEWEST,
     SITES,
@@ -54,6 +55,7 @@ def collect(
     history: Sequence[Mapping[str, float]] | None = None,
     recovery: Mapping[str, Any] | None = None,
     candidates: Candidates | None = None,
+    base: Network | None = None,
 ) -> dict[str, Any]:
     """Measure what came of a compression and return it as facts; `Report` shows them.
 
@@ -70,6 +72,7 @@ def collect(
         limit: the budget's limit on the file [bytes].
         history, recovery: of training; None where none was.
         candidates: what the plan chose from, for the curves of the layers; None: there are none.
+        base: the network that the sites are of, where the plan begins with a rewriting.
 
     Raises:
         DataError: the metric cannot be measured.
@@ -82,7 +85,8 @@ def collect(
     latency, why = measure_latency(network, final.model)
     if latency is None:
         notes.append(f"latency was not measured: {why}")
-    errors, applied, measured = _errors(network, data, sites, plan, edited, final, notes)
+    base = base or network
+    errors, applied, measured = _errors(network, base, data, sites, plan, edited, final, notes)
     limits, met = _budget(plan, limit, file_bytes, quality, latency, notes)
     return {
         "lamina": __version__,
@@ -111,7 +115,7 @@ def collect(
             "ratio": plan.original.bits / 8 / max(1, file_bytes),
         },
         "ledger": ledger,
-        "sites": [_site(network, s, plan, ledger, errors) for s in sites.layers],
+        "sites": [_site(base, s, plan, ledger, errors) for s in sites.layers],
         "refusals": [{"where": r.where, "what": r.what, "why": r.why} for r in sites.refusals],
         "quality": quality,
         "error": {
@@ -256,6 +260,7 @@ def _site(
 
 def _errors(
     network: Network,
+    base: Network,
     data: Data | None,
     sites: Sites,
     plan: Plan,
@@ -281,14 +286,15 @@ def _errors(
     owners = owners_of(sites, edited.edits)
     own = {
         site.name: tuple(
-            e for e in edited.edits if owner(_inside(e), owners) == site.name
+            e for e in edited.edits
+            if owner(_inside(e), owners) == site.name and e.form not in REWRITING
         )
         for site in sites.layers
     }  # fmt: skip
     if any(e.form == "narrow" for e in edited.edits):
         notes.append("errors were not measured layer by layer: layers share the channels that went")
         apart = False
-    errors = site_errors(network, own, reference) if apart else {}
+    errors = site_errors(base, own, reference) if apart else {}
     applied = reference.error(edited.model)
     measured = applied if final is edited else reference.error(final.model)
     return errors, applied, measured

@@ -12,7 +12,7 @@ import torch
 
 from lamina.artifact import pack
 from lamina.data import Data
-from lamina.errors import DataError, NetworkError
+from lamina.errors import BudgetError, DataError, NetworkError
 from lamina.forms import Edit, Values, install
 from lamina.measure.forward import Batch, batches, call
 from lamina.network.source import Network
@@ -75,6 +75,7 @@ def recover(
     Raises:
         DataError: there is no training data, it does not fit, or the loss is not finite.
         NetworkError: there is nothing to train, or a tensor has no values.
+        BudgetError: SGD where grid steps are trained.
     """
     recovery = recovery or Recovery()
     if data.train is None:
@@ -143,6 +144,11 @@ class _Training:
                 target = max(0.99 * limit - self.other, 1.0)
                 self.price = first_price(recovery.price, start, target)
                 walk = start / target
+        if fast and recovery.optimizer == "sgd":
+            raise BudgetError(
+                "sgd cannot train grid steps", original.name, "their scale is not that of weights",
+                "use optimizer='adam', or methods that leave floats",
+            )  # fmt: skip
         lr, step_lr = recovery.rates(walk)
         # Decay is for matrices: a shared value must not shrink for each of its members.
         decayed = [p for p in slow if p.dim() > 1 and recovery.decay]
@@ -151,7 +157,13 @@ class _Training:
             groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
         if fast:
             groups.append({"params": fast, "lr": step_lr, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=recovery.decay)
+        self.optimizer: torch.optim.Optimizer
+        if recovery.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
+                groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=recovery.decay
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=recovery.decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, [float(g["lr"]) for g in groups], total_steps=max(self.steps, 2)
         )

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lamina.measure.forward import batches as read
+from lamina.measure.quality import evaluate
+from lamina.network.source import Network
 
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -67,6 +69,37 @@ def recalibrate(module: nn.Module, batches: Iterable[Any], limit: int = 50) -> i
         for each, flag in flags.items():
             each.training = flag
     return len(done)
+
+
+def recalibrate_if_closer(original: Network, module: nn.Module, batches: Iterable[Any]) -> bool:
+    """Re-estimate BatchNorm moments, in place, and keep them if outputs come nearer the original's.
+
+    A network's own moments may be of augmented images, and many more of them: after a small change
+    of the weights they can be better than new ones.
+
+    Args:
+        original: the network whose outputs are the measure (no labels are needed).
+        module: the edited network.
+        batches: calibration batches; gone through several times.
+
+    Returns:
+        whether there are new moments.
+
+    Raises:
+        DataError: there is no batch, or one that cannot be read.
+    """
+    norms = [m for m in module.modules() if isinstance(m, Norm)]
+    if not norms:
+        return False
+    kept = [_moments(m) for m in norms]
+    before = evaluate(module, batches, "kl", original=original)
+    if not recalibrate(module, batches):
+        return False
+    if evaluate(module, batches, "kl", original=original) <= before:
+        return True
+    for m, old in zip(norms, kept, strict=True):
+        _restore(m, old)
+    return False
 
 
 def _moments(norm: nn.Module) -> list[torch.Tensor]:

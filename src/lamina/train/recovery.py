@@ -15,13 +15,16 @@ class Recovery:
     Args:
         epochs: passes over the training data (may be a fraction); None: as many as a fixed amount
             of work allows, which is bounded in time but the same on every machine.
-        lr: peak learning rate of weights (Adam, one cycle); None: the more, the further the size
+        optimizer: `"adam"`, or `"sgd"` with momentum .9, which long trainings of convolutional
+            networks may prefer; it cannot train grid steps.
+        lr: peak learning rate of weights (one cycle); None: for Adam the more, the further the size
             has to come down, from 5e-4 (it fits already) to 2e-3 (four times and more). Far walks
-            need the noise; short ones are only hurt by it.
+            need the noise; short ones are only hurt by it. For SGD fifty times that.
         step_lr: peak learning rate of the logarithms of grid steps; None: 2e-3.
         distill: weight of distillation from the original network, 0..1; the rest is the labels'.
         temperature: of the distillation.
-        decay: of weights that are matrices: each step takes its learning rate times this of them.
+        decay: of weights that are matrices: each step takes its learning rate times this of them
+            (SGD: it is added to the gradient).
         hidden: weight of matching hidden outputs of the layers both networks have.
         rate: let a penalty on coded length move the size to the budget's.
         price: where the price of a bit starts: loss that all bits of the limit together cost.
@@ -40,6 +43,7 @@ class Recovery:
     """
 
     epochs: float | None = None
+    optimizer: str = "adam"
     lr: float | None = None
     step_lr: float | None = None
     distill: float = 0.7
@@ -65,6 +69,9 @@ class Recovery:
         for name, value in {"hidden": self.hidden, "decay": self.decay}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise BudgetError("cannot use a recovery", f"{name}={value}", "it is 0 or more")
+        if self.optimizer not in ("adam", "sgd"):
+            why = "it is 'adam' or 'sgd'"
+            raise BudgetError("cannot use a recovery", f"optimizer={self.optimizer!r}", why)
         if self.start not in ("planned", "wide"):
             why = "it is 'planned' or 'wide'"
             raise BudgetError("cannot use a recovery", f"start={self.start!r}", why)
@@ -79,5 +86,6 @@ class Recovery:
             >>> Recovery().rates(1.0)
             (0.0005, 0.002)
         """
-        lr = self.lr if self.lr is not None else min(2e-3, 5e-4 * max(walk, 1.0))
+        scale = 50 if self.optimizer == "sgd" else 1
+        lr = self.lr if self.lr is not None else scale * min(2e-3, 5e-4 * max(walk, 1.0))
         return lr, self.step_lr if self.step_lr is not None else 2e-3

@@ -32,8 +32,10 @@ eq. 2 (Theorem 1), eq. 8. Eckart, Young 1936; the metric: Martens, Grosse 2015, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -162,7 +164,11 @@ class Alds:
             edit = _edit_bits(self.structure(site, settings))
             cost = Cost(offer.params + bias, offer.params * width + rest + edit, macs)
             candidates.append(Candidate(site.name, (step,), cost, offer.error))
-        return tuple(candidates)
+        # The edit itself has a length: of two offers with nearly the same parameters the one that
+        # names a scheme can be the dearer.
+        candidates.sort(key=lambda c: (c.cost.bits, c.cost.params))
+        best = accumulate((c.error for c in candidates), min, initial=math.inf)
+        return tuple(c for c, least in zip(candidates, best, strict=False) if c.error < least)
 
     def _grids(self, site: Site) -> dict[Way, list[int]]:
         """Return the ranks to look at, by scheme and folds."""

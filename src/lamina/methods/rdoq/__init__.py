@@ -284,7 +284,7 @@ class Rdoq:
     def propose_alike(
         self, leaves: Sequence[Leaf], floors: Sequence[float]
     ) -> list[tuple[Candidate, ...]]:
-        """Offer whole octaves of steps for layers alike, none much finer than the error before.
+        """Offer steps for layers alike, none that loses far less or far more than was lost before.
 
         Raises:
             SiteError: the weights are not finite.
