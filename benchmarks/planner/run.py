@@ -65,7 +65,7 @@ def clock(run: Callable[[], Result], repeats: int = 5) -> tuple[float, float, Re
     return statistics.median(taken), statistics.median(used), result
 
 
-def measure(sites: int, options: int, seed: int) -> list[dict[str, object]]:
+def measure(sites: int, options: int, seed: int, referee_gap: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for resources in (1, 2):
         errors, costs = make(sites, options, resources, seed)
@@ -75,7 +75,7 @@ def measure(sites: int, options: int, seed: int) -> list[dict[str, object]]:
             for objective in ("sum", "minimax"):
                 seconds, cpu, found = clock(partial(allocate, errors, costs, limits, objective))
                 start = time.perf_counter()
-                best = milp(errors, costs, limits, objective, gap=1e-5)
+                best = milp(errors, costs, limits, objective, gap=referee_gap)
                 row = {
                     "sites": sites,
                     "options": options,
@@ -114,15 +114,17 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=200)
     parser.add_argument("--options", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--referee-gap", type=float, default=1e-5, help="at which MILP stops")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     given = parser.parse_args()
-    rows = measure(given.sites, given.options, given.seed)
+    rows = measure(given.sites, given.options, given.seed, given.referee_gap)
     compared = [row for row in rows if "gap" in row]
     result = {
         "task": "planner",
         "date": datetime.date.today().isoformat(),
         "seed": given.seed,
         "device": device(),
+        "referee_gap": given.referee_gap,
         "threads": 1,
         "versions": {
             "python": platform.python_version(),

@@ -171,11 +171,15 @@ def _extend(
     before: tuple[Stage, ...], served: Sequence[int], found: list[Line],
 ) -> None:  # fmt: skip
     """Add the chains that begin with a non-final method, to the lines of the layers it serves."""
+    ends = not any(_follows(later, method, len(before)) for later in methods)
     picks: list[tuple[int, Candidate, tuple[Leaf, ...]]] = []
     for k in spread(len(served), NESTED if before else len(served)):
         leaf = family[served[k]]
         offers = pareto(method.propose(leaf.site, leaf.weights, leaf.stats))
         for offer in _points(method, offers, len(before)):
+            if ends:  # what no step follows is kept, and to describe a wide layer's factors is slow
+                found[served[k]].append(offer)
+                continue
             settings = offer.steps[0].settings
             left = method.leave(leaf.site, leaf.weights, leaf.stats, settings)
             picks.append((served[k], offer, left))
@@ -194,6 +198,13 @@ def _extend(
     for (i, offer, left), curves in zip(picks, lines, strict=True):
         how = "sum" if family[i].stats is not None else "max"
         found[i] += _ended(offer, left, curves, how, floors[i])
+
+
+def _follows(later: Method, method: Method, depth: int) -> bool:
+    """Return whether a method may shape what another leaves; `keep` shapes nothing."""
+    if later.final:
+        return later.name != "keep"
+    return depth + 1 < len(EXTENDED) and later.stage > method.stage
 
 
 def ended_by(
