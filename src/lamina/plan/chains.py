@@ -171,14 +171,16 @@ def _extend(
     before: tuple[Stage, ...], served: Sequence[int], found: list[Line],
 ) -> None:  # fmt: skip
     """Add the chains that begin with a non-final method, to the lines of the layers it serves."""
+    names: dict[object, tuple[str, ...]] = {}
     ends = not any(_follows(later, method, len(before)) for later in methods)
     picks: list[tuple[int, Candidate, tuple[Leaf, ...]]] = []
     for k in spread(len(served), NESTED if before else len(served)):
         leaf = family[served[k]]
         offers = pareto(method.propose(leaf.site, leaf.weights, leaf.stats))
         for offer in _points(method, offers, len(before)):
-            if ends:  # what no step follows is kept, and to describe a wide layer's factors is slow
-                found[served[k]].append(offer)
+            if ends:
+                steps = _keeps(method, leaf, offer, names)
+                found[served[k]].append(replace(offer, steps=offer.steps + steps))
                 continue
             settings = offer.steps[0].settings
             left = method.leave(leaf.site, leaf.weights, leaf.stats, settings)
@@ -205,6 +207,23 @@ def _follows(later: Method, method: Method, depth: int) -> bool:
     if later.final:
         return later.name != "keep"
     return depth + 1 < len(EXTENDED) and later.stage > method.stage
+
+
+def _keeps(
+    method: Method, leaf: Leaf, offer: Candidate, names: dict[object, tuple[str, ...]]
+) -> tuple[Step, ...]:
+    """Return the steps that keep what an offer leaves.
+
+    To describe a wide layer's factors is slow, so it is done once for each kind of structure: the
+    names of what is left are those of its parts.
+    """
+    settings = offer.steps[0].settings
+    edits = method.structure(leaf.site, settings)
+    kind = (leaf.site.name, *((edit.form, *sorted(edit.settings)) for edit in edits))
+    if kind not in names:
+        left = method.leave(leaf.site, leaf.weights, leaf.stats, settings)
+        names[kind] = tuple(each.site.name for each in left)
+    return tuple(Step("keep", name) for name in names[kind])
 
 
 def ended_by(
