@@ -19,12 +19,9 @@ whole weight, removed channels included: exact. With all channels it is `alds` w
 is not offered twice.
 
 **Does not help** where every input channel is in use (a layer after a narrow bottleneck), nor much
-without data. Measured on a half-trained ResNet-20 (CIFAR-10, predicted error over that of `alds`
-of scheme "encode" at equal parameters and MACs): with 10 % of the parameters kept .3 to .9 in 16 of
-18 layers; with 30 % kept .2 to .8 in the first convolution of six blocks of nine, whose inputs are
-the residual stream, and .7 to 1.7 elsewhere; with half kept mostly worse (1 to 4), but far better
-again where a layer has a channel or two it does not need (at nine tenths kept, .0 to .5 in seven).
-Data-free the gain is at most .6 in the first stage, and mostly it is a loss (1 to 1.5). Neither
+without data. It is at its best where little is kept, where the inputs are a residual stream, and
+where a layer has a channel or two that it does not need; with about half kept `alds` is mostly the
+better offer. Neither
 order of removal wins always. The gather moves memory: measured, not counted in MACs. The paper's
 exponential fit and global rates are `fit_sensitivity` and `global_rates` of
 `measure.collaborative`; the planner does that job from the curves themselves.

@@ -6,8 +6,8 @@ dilation, and a 1x1 convolution `r1 -> f` with the bias. Where `alds` cuts a lay
 cuts it down on both sides. `B` is the truncated HOSVD along the inputs, in the metric of the
 Kronecker product nearest to the input moment; given `B`, decoder and core are exactly optimal for
 the predicted loss (sequential truncation, with a least squares core). Data-free the metric is the
-identity. No extra is needed: alternating sweeps (HOOI, as in tensorly) changed the squared error of
-ResNet-20's layers by -1 to +3 %, and would make every pair of ranks a problem of its own.
+identity. No extra is needed: alternating sweeps (HOOI, as in tensorly) would make every pair of
+ranks a problem of its own, for little.
 
 **Where.** Conv1d-3d layers with a kernel and one group whose form may be replaced, where the size
 of the input is known. Linear layers and 1x1 convolutions have two sides only and belong to `alds`;
@@ -24,7 +24,7 @@ right for errors without structure (`leaf_stats`).
 **Does not help** thin layers, whose 1x1 layers cost more than the core saves, and latency where
 kernels are launched one by one: three small layers may be slower than one of twice the MACs. Under
 a stride the first layer is dear, and `alds` is the better offer. It pays on 3x3 convolutions of
-stride one, where the same parameters leave it a half or less of the error of `alds`.
+stride one, the more the less is kept.
 
 **Reference.** Kim, Park, Yoo, Choi, Yang, Shin 2016, arXiv:1511.06530, section 3.1 (Tucker-2);
 De Lathauwer, De Moor, Vandewalle 2000, doi:10.1137/S0895479896305696 (HOSVD); Vannieuwenhoven,
