@@ -9,7 +9,7 @@ measured, every round, and the quality that is left. The encoder has random weig
 fall like those of trained ones, so its quality says nothing; its times do.
 
 `--weights` is a state dict of ResNet-20 (`.safetensors`, or a checkpoint of
-`benchmarks/zoo/train_images.py`), `--data` the images of CIFAR-10 as JPEG; without them its
+`benchmarks/zoo/train_fetched.py`), `--data` the images of CIFAR-10 as JPEG; without them its
 weights are random, and planning is data-free. Calibration and test images are used, none to train.
 All ratios are to the network as it is given, BatchNorm, plain order of weights and all; what the
 lossless rewriting alone gives is the first of the rounds. `--methods` limits what is tried.

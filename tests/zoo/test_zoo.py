@@ -92,7 +92,7 @@ def test_an_untrained_network_runs_on_its_example(name: str) -> None:
 
 
 def test_weights_that_do_not_ship_are_named_with_the_script_that_makes_them() -> None:
-    with pytest.raises(NetworkError, match=r"benchmarks/zoo/train_images.py vgg16"):
+    with pytest.raises(NetworkError, match=r"benchmarks/zoo/train_fetched.py vgg16"):
         zoo("vgg16")
 
 

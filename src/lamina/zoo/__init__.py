@@ -1,9 +1,9 @@
 """Reference networks that ship with Lamina, with trained weights where they have any.
 
 Adding a network is adding a file to this folder: a module with a dict `ZOO` of name -> factory,
-`EXAMPLE`, the shape of one input, and `DATA`, the name of what it is for; and, if the network is
-to be had trained, `weights/<name>.safetensors` beside it. Data comes with a network where
-`lamina.data.load` knows it by that name, else the user brings it.
+`EXAMPLE`, the shape of one input (and `VOCABULARY` where that is tokens), and `DATA`, the name of
+what it is for; and, if the network is to be had trained, `weights/<name>.safetensors` beside it.
+Data comes with a network where `lamina.data.load` knows it by that name, else the user brings it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ SHIPPED = ("mnist-10k",)  # data that needs no fetching
 
 @dataclass(frozen=True)
 class Entry:
-    """What the zoo knows of one network: how to build it, one input's shape, its data's name."""
+    """What the zoo knows of a network: how to build it, an input's shape and kind, its data."""
 
     build: Callable[[], nn.Module]
     example: tuple[int, ...] = ()
     data: str = ""
+    vocabulary: int = 0
 
 
 @cache
@@ -48,7 +49,7 @@ def _entries() -> dict[str, Entry]:
         for name, factory in getattr(module, "ZOO", {}).items():
             if name in found:
                 raise NetworkError("two networks of the zoo have one name", name)
-            found[name] = Entry(factory, shape, data)
+            found[name] = Entry(factory, shape, data, getattr(module, "VOCABULARY", 0))
     return found
 
 
@@ -107,12 +108,12 @@ def zoo(name: str) -> Network:
         >>> zoo("lenet-5").source, zoo("small-cnn").data
         ('zoo:lenet-5', None)
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load_model
 
     entry = _entry(name)
     resource = files(__name__) / "weights" / f"{name}.safetensors"
     if not resource.is_file():
-        script = "train.py" if entry.data in SHIPPED else "train_images.py"
+        script = "train.py" if entry.data in SHIPPED else "train_fetched.py"
         raise NetworkError(
             "no trained weights in the zoo",
             repr(name),
@@ -120,7 +121,7 @@ def zoo(name: str) -> Network:
         )
     network = untrained(name)
     with as_file(resource) as path:
-        network.module.load_state_dict(load_file(path))
+        load_model(network.module, path)  # of tied tensors one is stored
     return network
 
 
@@ -147,7 +148,10 @@ def untrained(name: str, seed: int = 0) -> Network:
     if data is not None:
         x = next(iter(data.calibration or ()))[0][:2]
     else:
-        x = torch.randn(2, *entry.example, generator=torch.Generator().manual_seed(0))
+        drawn = torch.Generator().manual_seed(0)
+        x = torch.randn(2, *entry.example, generator=drawn)
+        if entry.vocabulary:
+            x = torch.randint(entry.vocabulary, (2, *entry.example), generator=drawn)
     return Network(
         module=build(name, seed).eval(),
         example_inputs=(x,),
