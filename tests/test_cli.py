@@ -79,6 +79,29 @@ def test_inspect_shows_sites(
     assert any("2 layers" in line for line in lines)
 
 
+SPANS = """
+import torch
+from torch import nn
+from lamina.network.source import Network
+def build():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Flatten(0, 0), nn.Linear(8, 2)]
+    return Network(nn.Sequential(*layers), (torch.zeros(2, 8),))
+"""
+
+
+def test_inspect_shows_chains_families_and_who_takes_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "spans.py").write_text(SPANS)
+    assert lamina(place, monkeypatch, "inspect", "spans.py:build") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if line and not line.startswith("refused")}
+    assert re.search(r"chain +layer_collapse +0, 1, 2$", rows["0..2"])
+    assert re.search(r"family +layer_fusion +0, 2, each 8 x 8$", rows["*"])
+    assert any("3 layers, 1 chains, 1 families" in line for line in lines)
+
+
 def test_inspect_shows_a_files_ledger_without_building_the_network(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,12 +323,14 @@ def test_bench_times_both(
 def test_methods_lists_cards_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     out = capsys.readouterr().out
-    for name in ("alds", "keep", "kmeans", "magnitude", "rdoq"):
+    for name in ("alds", "keep", "kmeans", "layer_collapse", "magnitude", "rdoq"):
         assert re.search(rf"^{name} +\d ", out, re.MULTILINE), name
     assert "arXiv:2107.11442" in out
     assert cli.main(["methods", "alds"]) == 0
     card = capsys.readouterr().out
     assert card.startswith("alds: ") and "**Does not help**" in card
+    assert cli.main(["methods", "layer_fusion"]) == 0
+    assert capsys.readouterr().out.startswith("layer_fusion: ")
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

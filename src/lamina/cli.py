@@ -17,12 +17,14 @@ import typer
 from lamina import cli_show as show
 from lamina.cli_options import (
     Against,
+    Box,
     DataName,
     Document,
     Explain,
     File,
     Latency,
     Lossless,
+    LosslessStructure,
     Macs,
     MaxDrop,
     Methods,
@@ -45,6 +47,7 @@ from lamina.cli_options import (
     read_metric,
     read_names,
     read_recipe,
+    read_structure,
 )  # fmt: skip
 from lamina.cli_run import carry_out, open_both, run_folder, write_dense
 from lamina.errors import DataError, FileError
@@ -120,6 +123,7 @@ def inspect(
     epilog=_examples(
         "compress lenet-5 --data mnist-10k --size 1%",
         "compress net.py:build --data net.py:loaders --size 20x --max-drop 0.5 -o runs/mine",
+        "compress lenet-300-100 --lossless-structure --box=-0.43,2.83",
         "compress lenet-5 --size 4x                    (data-free, never trains)",
         "compress lenet-5 --data mnist-10k --recipe deep-compression --set pruning.density=0.05",
     )
@@ -129,7 +133,8 @@ def compress(
     params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
     recover: Recover = "auto", methods: Methods = None, metric: MetricName = None,
     samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, recipe: Recipe = None,
-    settings: RecipeSettings = None, lossless: Lossless = False, out: RunPath = None,
+    settings: RecipeSettings = None, lossless: Lossless = False,
+    lossless_structure: LosslessStructure = False, box: Box = None, out: RunPath = None,
 ) -> None:  # fmt: skip
     """Go the whole way, from a network to a small file.
 
@@ -139,14 +144,17 @@ def compress(
     report.html / .md / .json. Without -o it is runs/MODEL-SIZE. The same command continues a run
     that was stopped; another budget in the same folder uses what was measured again.
     """
-    budget = read_limits(size, macs, params, latency, max_drop, needed=not (recipe or lossless))
+    structure = read_structure(lossless_structure, box)
+    free = bool(recipe or lossless or structure)
+    budget = read_limits(size, macs, params, latency, max_drop, needed=not free)
     kind = {"recipe": recipe} if recipe else {"lossless": ""} if lossless else {}
+    kind |= {"structure": ""} if structure else {}
     folder = out or Path("runs") / show.slug(model, kind | (budget.to_json() if budget else {}))
     with run_folder(folder) as run:
         carry_out(
             run, model, data, skeleton, budget, recover=read_epochs(recover),
             methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
-            recipe=read_recipe(recipe, settings), lossless=lossless,
+            recipe=read_recipe(recipe, settings), lossless=lossless, lossless_structure=structure,
         )  # fmt: skip
 
 
@@ -317,11 +325,11 @@ def methods(
     ] = None,
 ) -> None:
     """List the methods, or print one method's card."""
-    from lamina.methods.base import get_method
+    from lamina.methods.base import find_method
 
     if name is None:
         return show.show_methods()
-    show.say(show.card_of(get_method(name)))
+    show.say(show.card_of(find_method(name)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

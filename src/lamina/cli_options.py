@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.errors import MethodError
+from lamina.errors import BudgetError, MethodError
 
 if TYPE_CHECKING:
     from lamina.plan import Budget
@@ -47,6 +47,16 @@ RecipeSettings = Annotated[
 ]
 Lossless = Annotated[
     bool, typer.Option("--lossless", help="Change nothing: every tensor bit for bit, smaller.")
+]
+LosslessStructure = Annotated[
+    bool,
+    typer.Option(
+        "--lossless-structure", help="Remove first what provably changes nothing (see --box)."
+    ),
+]
+Box = Annotated[
+    str | None,
+    typer.Option(metavar="LOW,HIGH", help="Of the inputs it holds for; default: the data's range."),
 ]
 MetricName = Annotated[
     str | None,
@@ -97,6 +107,17 @@ def read_epochs(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def read_structure(wanted: bool, box: str | None) -> Any:
+    """Return what `compress` takes as `lossless_structure`.
+
+    Raises:
+        BudgetError: a box, and nothing that it is for.
+    """
+    if box is not None and not wanted:
+        raise BudgetError("--box needs --lossless-structure", box, "", "give both")
+    return None if not wanted else True if box is None else box
 
 
 def read_names(text: str | None) -> list[str] | None:

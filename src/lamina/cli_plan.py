@@ -26,7 +26,8 @@ def decide(
     Args:
         model, data, skeleton: as the user named them.
         budget: None: take the plan of the run folder, and write none.
-        explain: name of a layer, `"all"` for a line per layer, or None for the plan alone.
+        explain: name of a layer or a span, `"all"` for a line per layer, or None for no more than
+            the plan.
         reuse: run folder whose measurements are used, and to which new ones are added; a new one
             is made.
         out: where the plan is written.
@@ -59,7 +60,7 @@ def decide(
     if before is not None:
         check_fits(before, network, sites)
     if before is not None and explain is None:
-        return show.say(before.show())
+        return show.say(before.show(sites))
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder(reuse)) if reuse is not None else None
         way = Way(
@@ -73,13 +74,13 @@ def decide(
         stats = measured(way, sites)
         candidates = offered(way, sites, stats)
         made = before or planned(way, sites, stats, candidates)
-        text = made.show()
+        text = made.show(sites)
         if explain is not None and not whole:
             with way.timed("explain"):
                 found = why(way.base, sites, stats, candidates, made, explain, methods)
             text = found.text()
         elif whole:
-            text = summarise(candidates, made)
+            text = summarise(candidates, made, sites)
     show.say(text)
     if before is None:
         made.save(out)

@@ -124,13 +124,49 @@ def show_sites(
             row += [f"{weight.numel() * weight.element_size():,}", f"{min(harmless):,.0f}"]
         rows.append(row)
     print_table(head, rows, left=3)
+    show_spans(sites, stats, candidates)
+    families = f"{len(sites.families)} families, " if sites.families else ""
     say(f"\n{network.name}: {len(sites.layers)} layers, {len(sites.chains)} chains, "
-        f"{len(sites.rest)} other tensors (kept exactly)")  # fmt: skip
+        f"{families}{len(sites.rest)} other tensors (kept exactly)")  # fmt: skip
     if not sites.traced:
         say("its data flow could not be traced; layers are found by hooks, chains are not")
     say("rank: directions that hold 90 % of the weight's energy, of all it has")
     for refusal in sites.refusals:
         say(f"refused: {refusal.where}: {refusal.what}: {refusal.why}")
+    for name, method, why in _refused_spans(sites):
+        say(f"refused: {name}: {method}: {why}")
+
+
+def show_spans(
+    sites: Sites, stats: Stats | None = None, candidates: Candidates | None = None
+) -> None:
+    """Print the chains and families there are, and the parts of them that methods could take."""
+    from lamina.plan.alternatives import held
+    from lamina.plan.spans import find_spans
+
+    taken = {span.site.name: span for span in find_spans(sites)}
+    whole = {site.name: site for site in (*sites.chains, *sites.families)}
+    order = {site.name: i for i, site in enumerate(sites.layers)}
+    every = whole | {name: span.site for name, span in taken.items()}
+    timed = bool(candidates and stats and stats.samples)
+    rows = []
+    for name, site in sorted(every.items(), key=lambda item: order[item[1].members[0]]):
+        methods = " ".join(m.name for m in taken[name].methods) if name in taken else ""
+        row = [name, site.kind, methods, held(site).partition(" of ")[2]]
+        if timed and candidates:
+            harmless = [c.cost.bits / 8 for c in candidates.get(name, ()) if c.error <= SMALL_ERROR]
+            row += [f"{min(harmless):,.0f}" if harmless else ""]
+        rows.append(row)
+    if rows:
+        say("")
+        head = ["span", "kind", "methods", "holds"] + (["at " + f"{SMALL_ERROR} nats"] * timed)
+        print_table(head, rows, left=4)
+
+
+def _refused_spans(sites: Sites) -> list[tuple[str, str, str]]:
+    from lamina.plan.spans import span_refusals
+
+    return list(dict.fromkeys(span_refusals(sites)))
 
 
 def hints(site: Site, weight: Tensor) -> tuple[str, str]:
@@ -175,6 +211,8 @@ def show_package(path: str, package: Package) -> None:
     head = ["tensor", "shape", "form", "codec", "bytes", "bits/weight", "share"]
     print_table(head, [*rows, total], left=4)
     say(f"\n{path}: skeleton {package.skeleton}, written by lamina {package.by}")
+    if package.box:
+        say(f"equal to what it was made of for inputs in {package.box}")
     for edit in package.edits:
         inside = ", ".join(f"{k}={v}" for k, v in edit.settings.items())
         say(f"edit: {edit.path} -> {edit.form}({inside})")
@@ -192,10 +230,11 @@ def show_written(package: Package, out: Path) -> None:
 
 def show_methods() -> None:
     """Print every method in a line."""
-    from lamina.methods.base import registry
+    from lamina.methods.base import registry, spanning
 
     rows = []
-    for name, method in registry().items():
+    every: dict[str, Any] = {**registry(), **spanning()}
+    for name, method in every.items():
         card = card_of(method).splitlines()
         line = card[0].partition(": ")[2] or card[0]
         stage = f"{method.stage.value} {method.stage.name.lower()}"

@@ -24,6 +24,7 @@ from lamina.plan import Budget, Plan
 from lamina.plan.apply import check_fits, check_made_for
 from lamina.plan.chains import choose_methods
 from lamina.plan.lossless import keep_all
+from lamina.plan.stable import Box
 from lamina.recipes import Followed, check_data, recipe_named
 from lamina.report import Report, collect
 from lamina.rewriting import begin
@@ -41,6 +42,7 @@ from lamina.stages import (
     recovered_or_none,
     size_limit,
 )
+from lamina.structure import of_whole, refuse_with
 from lamina.train import Recovery
 from lamina.verify import judged, planned, refit
 
@@ -92,6 +94,7 @@ def compress(
     plan: Plan | None = None,
     recipe: Any = None,
     lossless: bool = False,
+    lossless_structure: Any = None,
     run: RunFolder | None = None,
     watch: Watch | None = None,
 ) -> Result:
@@ -115,6 +118,10 @@ def compress(
             budget is only checked at the end, but for one on `params` of the last two.
         lossless: keep every tensor bit for bit; the file is only coded smaller. Needs no budget; a
             size is checked at the end, and nothing else can be asked for.
+        lossless_structure: remove first what provably changes nothing, of a feed-forward ReLU
+            network, for inputs in a box: `"LOW,HIGH"`, a pair of numbers (or of one sequence per
+            channel), or True: the range of the data. Alone, it writes a smaller lossless file; with
+            a budget, planning begins with the smaller network. Outside the box outputs may differ.
         run: an open run folder to keep stage outputs in, and to continue from.
         watch: called with (stage, done, total, text).
 
@@ -128,12 +135,17 @@ def compress(
         >>> len(result.file) <= 0.6 * 4 * sum(p.numel() for p in net.parameters())
         True
     """
-    if lossless:
+    shapes = lossless_structure is not None and lossless_structure is not False
+    if shapes:
+        refuse_with(recipe=recipe, plan=plan, lossless=lossless)
+        if lossless_structure is not True:
+            Box.parse(lossless_structure)
+    if lossless or (shapes and budget is None):
         _check_lossless(budget, methods=methods, recover=recover, plan=plan, recipe=recipe)
         given = "100%" if budget is None else budget
         way = _begin(model, data, given, example_inputs, None, None, metric, samples, seed, None)
         way.folder, way.watch = run, watch
-        return _kept(way, budget is not None)
+        return _kept(way, budget is not None, lossless_structure if shapes else None)
     follows = recipe_named(recipe, recover=recover, methods=methods, plan=plan)
     given = "100%" if follows and budget is None else budget
     way = _begin(model, data, given, example_inputs, methods, recover, metric, samples, seed, plan)
@@ -143,7 +155,7 @@ def compress(
         if plan is not None:
             check_made_for(plan, way.network)
     if plan is not None or not follows:
-        begin(way, plan.rewrite if plan is not None else None)
+        begin(way, plan.rewrite if plan is not None else None, lossless_structure)
     with way.timed("discover"):
         sites = discover(way.base)
         if plan is not None:
@@ -245,23 +257,28 @@ def _check_lossless(budget: Any, **others: Any) -> None:
             raise BudgetError(f"{name} does not go with lossless", "", why, f"leave {name} out")
 
 
-def _kept(way: Way, limited: bool) -> Result:
+def _kept(way: Way, limited: bool, structure: Any = None) -> Result:
     """Store a network bit for bit, report it, and check the file's size, if one was given."""
     with way.timed("discover"):
         check_network(way.network)
-        sites = discover(way.network)
+    begin(way, (), structure)
+    with way.timed("discover"):
+        sites = discover(way.base)
         check_metric(way)
     with way.timed("pack"):
-        chosen, final, file = keep_all(way.network, sites, way.budget)
+        chosen, final, file = keep_all(way.base, sites, way.budget)
+        if way.rewritten is not None:
+            chosen = of_whole(chosen, way)
         package = artifact.unpack(file)
     limit = size_limit(way, chosen) if limited else None
     with way.timed("report"):
         facts = collect(
             way.network, way.data, sites, chosen, final, final, package, len(file),
-            metric=metric_of(way), seed=way.seed, limit=limit,
+            metric=metric_of(way), seed=way.seed, limit=limit, base=way.base,
         )  # fmt: skip
     budget = facts["budget"] if limited else {"text": "none: lossless", "limits": {}, "met": {}}
-    notes = ["Lossless: every tensor comes back bit for bit.", *facts["notes"], *way.notes]
+    notes = ["Lossless: every tensor comes back bit for bit."] if structure is None else []
+    notes += [*facts["notes"], *way.notes]
     made = Report({**facts, "budget": budget, "notes": notes, "stages": way.stages})
     if way.folder:
         chosen.save(way.folder.path / "plan.json")

@@ -41,8 +41,10 @@ def open_model(
     elif isinstance(model, (str, Path)) and str(model).endswith(".lamina"):
         package = artifact.read(model)
         made = open_network(skeleton) if skeleton is not None else None
-        network = replace(made or _skeleton(package.skeleton, str(model)), source="module")
-        network = replace(network, module=artifact.restore(package, network.module))
+        network = made or replace(_skeleton(package.skeleton, str(model)), source=package.skeleton)
+        # What is made of this network is rebuilt from the same skeleton, through the same edits.
+        restored = artifact.restore(package, network.module)
+        network = replace(network, module=restored, edits=tuple(package.edits), box=package.box)
     elif isinstance(model, str) and ".py" not in model:
         raise NetworkError(
             "unknown network", repr(model), f"the zoo has {', '.join(names())}",

@@ -17,6 +17,7 @@ from lamina.measure.calibrate import calibrate
 from lamina.measure.clock import Timer, check_timed, inputs_key, machine_key
 from lamina.measure.latency import LatencyTable, measure_table, structure_key
 from lamina.measure.quality import evaluate, metric_named
+from lamina.measure.span_latency import measure_spans
 from lamina.measure.spectra import cached
 from lamina.measure.stats import Cost, Stats
 from lamina.measure.store import dump_stats, parse_stats
@@ -26,7 +27,7 @@ from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
 from lamina.plan.chains import dump_candidates, parse_candidates
 from lamina.plan.costs import fixed_cost, original_cost
 from lamina.plan.rewrite import Rewritten
-from lamina.plan.seconds import structures_of, with_seconds
+from lamina.plan.seconds import span_structures, structures_of, with_seconds
 from lamina.run import RunFolder, key_of
 from lamina.train import Recovered, Recovery, recalibrate_if_closer, recover
 from lamina.train.checkpoint import read_checkpoint, write_checkpoint
@@ -53,6 +54,7 @@ class Way:
     threads: int = 1  # of torch while latency is measured
     timer: Timer | None = None
     rewritten: Rewritten | None = None  # what the plan begins with, where that is another network
+    structure: Any = None  # the proof log of a lossless structure, where one was looked for
     share: float = 1.0  # of the time of the network as given that the rewritten one takes
     table: LatencyTable | None = None  # of `base`, where a latency is asked for
     costs: tuple[Cost, Cost] | None = None  # of the original, and of what no choice can change
@@ -158,9 +160,8 @@ def offered(way: Way, sites: Sites, stats: Stats) -> Candidates:
         def make() -> bytes:
             tell = way.say("propose")
             with cached(way.folder.path / "spectra" if way.folder else None):
-                return dump_candidates(
-                    propose(way.base, sites, stats, way.methods, tell, bytes_count=count)
-                )
+                offers = propose(way.base, sites, stats, way.methods, tell, bytes_count=count)
+                return dump_candidates(offers)
 
         found = parse_candidates(way.stored("candidates", key, ".json", make, note))
     return found if way.budget.latency is None else clocked(way, sites, found)
@@ -175,21 +176,34 @@ def clocked(way: Way, sites: Sites, candidates: Candidates) -> Candidates:
     check_timed(way.network)
     with way.timed("time") as note:
         given = structures_of(way.base, sites, candidates)
+        spans = span_structures(way.base, sites, candidates)
         keys = {n: [path, [structure_key(path, s) for s in g]] for n, (path, g) in given.items()}
-        key = key_of("latency", *clock_key(way), keys)
+        over = {name: [like, list(g)] for name, (like, g) in spans.items()}
+        key = key_of("latency", *clock_key(way), keys, *([over] if over else []))
 
         def make() -> bytes:
-            return measure_table(
-                way.base, given, threads=way.threads, timer=way.timer,
-                progress=way.say("time"), last=way.rewritten.last if way.rewritten else (),
-            ).dump()  # fmt: skip
+            options: dict[str, Any] = {
+                "threads": way.threads, "timer": way.timer, "progress": way.say("time"),
+                "last": way.rewritten.last if way.rewritten else (),
+            }  # fmt: skip
+            members = {name: sites[name].members for name in spans}
+            inside = [sites[m] for m in dict.fromkeys(m for ms in members.values() for m in ms)]
+            alone = {site.name: (site.module, ()) for site in inside}
+            table = measure_table(way.base, {**alone, **given}, **options)
+            if spans:
+                found, missed = measure_spans(
+                    way.base, spans, members, whole=table.whole, **options
+                )
+                table = replace(table, spans=found, missed=table.missed + missed)
+            return table.dump()
 
         way.table = LatencyTable.parse(way.stored("latency", key, ".json", make, note))
         way.costs = None
         kept, dropped = with_seconds(way.base, sites, candidates, way.table)
-        count = sum(len(g) for _, g in given.values())
+        count = sum(len(g) for _, g in (*given.values(), *spans.values()))
+        places = f"{len(given)} layers" + (f" and {len(spans)} spans of layers" if spans else "")
         way.notes.append(
-            f"Latency: {count} structures for {len(given)} layers were timed at the example inputs "
+            f"Latency: {count} structures for {places} were timed at the example inputs "
             f"({way.threads} thread{'s' * (way.threads > 1)}); {dropped} are not faster than the "
             f"layer they replace and were dropped, {way.table.missed} of them untimed."
         )
@@ -312,8 +326,9 @@ def chains_of(chosen: Plan) -> dict[str, str]:
 
 def packed(edited: Edited, chosen: Plan) -> bytes:
     """Return the file of an edited network."""
-    source = edited.network.source
-    return artifact.pack(edited.network.module, edited.edits, source, chains_of(chosen))
+    network = edited.network
+    edits = (*network.edits, *edited.edits)
+    return artifact.pack(network.module, edits, network.source, chains_of(chosen), network.box)
 
 
 def keeps_applied(

@@ -19,7 +19,7 @@ from torch import nn
 from lamina.errors import BudgetError, InfeasibleError
 from lamina.measure.latency import measure_ratio, reshaped
 from lamina.measure.stats import Stats
-from lamina.methods.base import Candidate
+from lamina.methods.base import Candidate, spanning
 from lamina.network.isolate import batch_size
 from lamina.network.sites import Sites
 from lamina.plan import Budget, Candidates, Edited, Plan
@@ -113,7 +113,12 @@ def squeezable(way: Way, candidates: Candidates) -> bool:
     trains = way.recovery is not None and way.recovery.rate and way.data is not None
     if not trains or way.data is None or way.data.train is None:
         return False
-    return all(any(map(on_grid, offers)) for offers in candidates.values())
+    return all(any(map(on_grid, offers)) for offers in candidates.values() if not of_span(offers))
+
+
+def of_span(offers: Sequence[Candidate]) -> bool:
+    """Whether offers are for a span of layers, which may stay as they are."""
+    return bool(offers) and offers[0].steps[0].method in spanning()
 
 
 # --- latency -------------------------------------------------------------------------------------

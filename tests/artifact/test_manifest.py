@@ -63,6 +63,7 @@ def test_a_manifest_is_completed_and_its_plan_is_a_map():
     for text in (
         '{"lamina":2}',
         '{"lamina":2,"tensors":"","by":1}',
+        '{"lamina":2,"tensors":"","box":[0,1]}',
         '{"lamina":2,"tensors":"","plan":[]}',
     ):
         with pytest.raises(FileError, match="manifest is not valid"):
@@ -99,6 +100,7 @@ def test_a_name_no_reader_takes_is_not_written(name):
     "more",
     [
         {"by": "\x1b[2J"},
+        {"box": "0,1\x1b[2J"},
         {"skeleton": "zoo:\x07"},
         {"plan": "rdoq\x00"},
         {"plan": {"\x1b": "rdoq"}},

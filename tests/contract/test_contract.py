@@ -18,7 +18,7 @@ import lamina.methods
 from lamina.artifact import pack, records, restore, unpack
 from lamina.errors import MethodError
 from lamina.measure.stats import Cost, Stats
-from lamina.methods.base import Choice, Method, get_method, registry, weights_of
+from lamina.methods.base import Choice, Method, get_method, registry, spanning, weights_of
 from lamina.network.sites import Sites
 from lamina.plan import Budget, Plan, apply, chains, plan, propose
 from lamina.plan.costs import fixed_cost, original_cost
@@ -204,7 +204,8 @@ def test_9_every_file_is_a_method_and_no_method_knows_another():
     folder = Path(lamina.methods.__file__).parent
     files = {p.stem for p in folder.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     files = {name for name in files if not name.startswith("_")} - {"base"}
-    assert files == {get_method(m).__class__.__module__.rpartition(".")[2] for m in NAMES}
+    every = {**registry(), **spanning()}.values()
+    assert files == {type(method).__module__.rpartition(".")[2] for method in every}
 
 
 @pytest.mark.parametrize("model", ["mlp", "wave"])

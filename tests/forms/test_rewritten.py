@@ -99,7 +99,6 @@ WRONG = [
     (Edit("0", "biased"), "it has a bias"),
     (Edit("1", "biased"), "no form gives this layer a bias"),
     (Edit("0", "biased", {"outputs": 1 << 40}), "unknown settings"),
-    (Edit("0", "identity"), "only a BatchNorm"),
     (Edit("1", "identity", {"x": 1}), "unknown settings"),
     (Edit("", "layout", {"channels_last": 2}), "unknown layout"),
     (Edit("", "layout", {}), "unknown layout"),

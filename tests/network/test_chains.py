@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tests.network.tiny import Mlp, Residual, Twice
 from torch import nn
 
+from lamina.network.chains import cut
 from lamina.network.discover import discover
 from lamina.network.sites import Sites
 from lamina.network.source import Network
@@ -140,3 +141,68 @@ def test_padding_inside_a_convolution_is_part_of_it():
         nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Conv2d(2, 2, 3, padding="same")
     )
     assert sites_of(net, torch.zeros(1, 1, 6, 6)).chains[0].members == ("0", "1")
+
+
+# --- the modules in between, and parts of chains --------------------------------------------------
+
+
+def test_through_names_modules_that_do_one_thing_once():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.c, self.d = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.norm, self.act, self.shared = nn.BatchNorm1d(3), nn.GELU(), nn.ReLU()
+            self.both = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+
+        def forward(self, x):
+            x = self.b(F.relu(self.act(self.norm(self.a(x)))))
+            return self.d(self.both(self.shared(self.c(self.shared(x)))))
+
+    (chain,) = sites_of(Net().eval(), torch.zeros(2, 3)).chains
+    assert chain.members == ("a", "b", "c", "d")
+    assert chain.between[0] == ("batch_norm", "gelu", "relu")
+    assert chain.through[0] == ("norm", "act", "")  # a call has no module
+    assert chain.through[1] == ("",)  # it runs twice
+    assert chain.between[2] == ("relu", "tanh", "dropout")
+    assert chain.through[2] == ("", "both.0", "both.1")
+    assert [len(ops) for ops in chain.between] == [len(paths) for paths in chain.through]
+
+
+def test_a_module_of_several_ops_is_no_passage():
+    class Swish(nn.Module):
+        def forward(self, x):
+            return (x.relu() + 1).tanh()
+
+    net = nn.Sequential(nn.Linear(3, 3), Swish(), nn.Linear(3, 3))
+    (chain,) = sites_of(net, torch.zeros(2, 3)).chains
+    assert chain.between == (("relu", "add", "tanh"),) and chain.through == (("", "", ""),)
+
+
+def test_a_module_in_two_slots_is_one_of_each_but_not_what_lies_in_a_shared_container():
+    act, box = nn.ReLU(), nn.Sequential(nn.Tanh())
+
+    def passages(first: nn.Module, second: nn.Module):
+        net = nn.Sequential(nn.Linear(3, 3), first, nn.Linear(3, 3), second, nn.Linear(3, 3))
+        (chain,) = sites_of(net, torch.zeros(2, 3)).chains
+        return chain.through
+
+    assert passages(act, act) == (("1",), ("3",))  # either slot can be given something else
+    assert passages(box, nn.Sequential(box[0])) == (("1.0",), ("3.0",))
+    assert passages(box, box) == (("",), ("",))
+
+
+def test_parts_of_chains_are_cut_and_found_by_name():
+    layers = [nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.GELU()]
+    sites = sites_of(nn.Sequential(*layers, nn.Linear(3, 2)), torch.zeros(2, 3))
+    (chain,) = sites.chains
+    assert chain.name == "0..6" and sites["0..6"] is chain
+    part = cut(chain, 1, 3)
+    assert (part.name, part.members) == ("2..6", ("2", "4", "6"))
+    assert part.between == (("tanh",), ("gelu",)) and part.through == (("3",), ("5",))
+    assert sites["2..6"] == part and "2..6" in sites and part.kind == "chain"
+    assert cut(chain, 0, 3) == chain
+    for name in ("6..2", "2..2", "2..7", "..", "0..", "2..6..6", ""):
+        assert name not in sites
+        with pytest.raises(KeyError):
+            sites[name]

@@ -251,8 +251,7 @@ def test_no_example_inputs_no_latency(factored: Run) -> None:
 def test_many_layers_are_not_measured_one_by_one(
     factored: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By its module: the package has a function of that name.
-    monkeypatch.setattr(sys.modules["lamina.report.collect"], "SITES", 2)
+    monkeypatch.setattr(sys.modules["lamina.report.measured"], "SITES", 2)
     found = factored.facts(metric="accuracy")
     assert all(site["error_measured"] is None for site in found["sites"])
     assert found["error"]["measured"] > 0

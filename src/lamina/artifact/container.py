@@ -25,7 +25,11 @@ VERSION = 2  # what is written; `manifest.READS` is what is read
 
 
 def pack(
-    module: nn.Module, edits: tuple[Edit, ...], skeleton: str, plan: Mapping[str, str]
+    module: nn.Module,
+    edits: tuple[Edit, ...],
+    skeleton: str,
+    plan: Mapping[str, str],
+    box: str = "",
 ) -> bytes:
     """Return the file's bytes for an edited network.
 
@@ -34,6 +38,7 @@ def pack(
         edits: the edits that made it, with the values of what they cover.
         skeleton: the network's source.
         plan: method chain by site.
+        box: for which inputs the network equals what it was made of, see `Network.box`.
     """
     from lamina._version import __version__
 
@@ -58,6 +63,8 @@ def pack(
         manifest["edits"] = structure
     if plan:
         manifest["plan"] = _summary(plan)
+    if box:
+        manifest["box"] = box
     manifest["tensors"] = " ".join(table)
     return seal(manifest, body)
 

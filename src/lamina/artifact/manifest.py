@@ -86,7 +86,7 @@ def read_manifest(text: str) -> dict[str, Any]:
         manifest["plan"] = plan = {"*": plan}
     if not isinstance(plan, dict) or not all(is_text(v) for pair in plan.items() for v in pair):
         raise FileError("the manifest is not valid", "plan", "it is no map of texts")
-    for key, default in (("skeleton", "module"), ("by", "")):
+    for key, default in (("skeleton", "module"), ("by", ""), ("box", "")):
         if not is_text(manifest.setdefault(key, default)):
             raise FileError("the manifest is not valid", key, "it is no text")
     if not isinstance(manifest.get("tensors"), str):

@@ -66,6 +66,7 @@ class Package:
         records: every tensor by name, in order, undecoded: form, codec, shape, dtype.
         plan: method chains by site, for people; never acted on.
         by: what wrote it.
+        box: for which inputs the network equals what it was made of, for people, see `Network.box`.
         ledger: bytes on disk by part; the parts add up to the size of the file.
         size: bytes of the file.
     """
@@ -75,6 +76,7 @@ class Package:
     records: Mapping[str, Record]
     plan: Mapping[str, str] = field(default_factory=dict)
     by: str = ""
+    box: str = ""
     ledger: Mapping[str, int] = field(default_factory=dict)
     size: int = 0
 
@@ -211,6 +213,7 @@ def _unpack(data: memoryview, max_bytes: int | None, where: str) -> Package:
         found,
         manifest["plan"],
         manifest["by"],
+        manifest["box"],
         ledger,
         len(data),
     )

@@ -3,8 +3,11 @@
 from lamina.forms.channels import Gather, check_indices
 from lamina.forms.edit import BUILDERS, Edit, builder, find_tensor, install
 from lamina.forms.low_rank import GroupedLinear
+from lamina.forms.merged import build_merged
 from lamina.forms.narrow import widths
+from lamina.forms.resized import sizes_of
 from lamina.forms.rewritten import conv_weights, is_channels_last
+from lamina.forms.tied import index_of
 from lamina.forms.tucker import build_tucker
 from lamina.forms.values import FORMS_OF_VALUES, Codebook, Grid, Plain, Sparse, Values
 
@@ -19,12 +22,15 @@ __all__ = [
     "Plain",
     "Sparse",
     "Values",
+    "build_merged",
     "build_tucker",
     "builder",
     "check_indices",
     "conv_weights",
     "find_tensor",
+    "index_of",
     "install",
     "is_channels_last",
+    "sizes_of",
     "widths",
 ]

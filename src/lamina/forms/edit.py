@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lamina.errors import FileError
+from lamina.forms.tied import tie
 from lamina.forms.values import Codebook, Grid, Plain, Sparse, Values
 
 
@@ -42,6 +43,7 @@ HOOKS = (
 Build = Callable[[nn.Module, Mapping[str, int]], nn.Module]
 BUILDERS: dict[str, Build] = {}  # structural forms, filled by the form files
 OF_ALL = ("layout",)  # forms of a whole network: they change it in place, and nothing else
+TIE = "tie"  # changes no layer, but whose weight it holds
 
 
 def builder(form: str) -> Callable[[Build], Build]:
@@ -66,6 +68,8 @@ def install(root: nn.Module, edits: Iterable[Edit]) -> None:
     for edit in edits:
         if edit.form == "values":
             _write(root, edit)
+        elif edit.form == TIE:
+            _tie(root, edit)
         else:
             _replace(root, edit)
 
@@ -98,6 +102,15 @@ def _replace(root: nn.Module, edit: Edit) -> None:
         getattr(new, hooks).update(getattr(old, hooks))
     new._is_full_backward_hook = old._is_full_backward_hook  # or backward hooks never run
     setattr(parent, leaf, new)
+
+
+def _tie(root: nn.Module, edit: Edit) -> None:
+    try:
+        tie(root, edit.path, edit.settings)
+    except AttributeError as error:
+        raise FileError(
+            "an edit names a module the skeleton does not have", edit.path, str(error)
+        ) from None
 
 
 def _write(root: nn.Module, edit: Edit) -> None:

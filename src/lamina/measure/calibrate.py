@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from lamina.measure.columns import (
     role_of,
     token_counts,
 )
+from lamina.measure.cross import measure_cross
 from lamina.measure.forward import Batch, at_rest, batches, call, device_of
 from lamina.measure.loss import Loss, decide_loss, pick_temperature, pseudo_loss
 from lamina.measure.moments import Moment, add_columns, empty_moment, is_finite, layer_stats
@@ -79,7 +80,8 @@ def calibrate(
         progress: called as `progress(phase, done, total)`; phases `"calibrate"`, `"probe"`.
 
     Returns:
-        Stats with one LayerStats per layer site, on the CPU.
+        Stats with one LayerStats per layer site, and what neighbours of a chain have in common
+        (`measure/cross.py`), on the CPU.
 
     Raises:
         DataError: no data, batches the network does not take, non-finite activations or
@@ -140,7 +142,13 @@ def calibrate(
                     progress("probe", done, len(sites.layers))
         unit = unit_of(list(readings.values()))
         layers = {name: s.with_scale(readings[name].scale * unit) for name, s in layers.items()}
-    return Stats(layers, seen, decided.kind, network.digest(), notes)
+    cross = measure_cross(network, sites, _again(loader, samples), samples, seed)
+    return Stats(layers, seen, decided.kind, network.digest(), notes, cross)
+
+
+def _again(loader: Iterable[Any], samples: int) -> Iterable[Any]:
+    """Return batches for a second pass; an iterator has been used up by the first."""
+    return () if iter(loader) is loader else loader
 
 
 def _known_size(loader: Any, otherwise: int) -> int:

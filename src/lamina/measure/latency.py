@@ -53,6 +53,8 @@ class LatencyTable:
             what of that may be noise.
         threads: of torch.
         missed: structures that were not measured, because time was short.
+        spans: by span and structure, the time of the whole network over that of the original where
+            the structure stands in the span's place, and what of that may be noise.
     """
 
     whole: float
@@ -60,6 +62,7 @@ class LatencyTable:
     ratios: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     threads: int = 1
     missed: int = 0
+    spans: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def fixed(self) -> float:
@@ -74,11 +77,12 @@ class LatencyTable:
     def parse(data: bytes) -> LatencyTable:
         """Undo `dump`."""
         read = json.loads(data)
-        ratios = {
-            site: {key: (float(r), float(n)) for key, (r, n) in rows.items()}
-            for site, rows in read.pop("ratios").items()
-        }
-        return LatencyTable(**read, ratios=ratios)
+        for field_ in ("ratios", "spans"):
+            read[field_] = {
+                site: {key: (float(r), float(n)) for key, (r, n) in rows.items()}
+                for site, rows in read.get(field_, {}).items()
+            }
+        return LatencyTable(**read)
 
 
 def structure_key(module: str, structure: Structure) -> str:
@@ -110,7 +114,8 @@ def measure_table(
 
     Args:
         network: the network, which is only read; its example inputs say the batch.
-        structures: by site name, the path of its layer, and the structures to measure there.
+        structures: by site name, the path of its layer, and the structures to measure there; none:
+            only what the layer itself takes.
         threads: of torch while measuring.
         seconds: what measuring may take, about.
         timer: times jobs in interleaved rounds; default: `clock`.
@@ -124,7 +129,7 @@ def measure_table(
     """
     check_timed(network)
     timer = timer or clock
-    paths = {name: path for name, (path, given) in structures.items() if given}
+    paths = {name: path for name, (path, _) in structures.items()}
     calls = record_calls(network, sorted(set(paths.values())))
     groups: dict[str, list[str]] = {}
     for name, path in paths.items():

@@ -60,8 +60,34 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
+class Cross:
+    """How the inputs of two neighbours in a chain go together, per sample, in float64.
+
+    `x` are the input columns of the first layer (a convolution's unfolded patches), `z` the input
+    channels of the second at the same position; all are summed over positions.
+
+    Args:
+        moment: `[channels of z, columns of x]`: the sum of `z x^T`.
+        second: `[channels, channels]`: the sum of `z z^T`.
+        mean: `[channels]`: the sum of `z`.
+        x_second: `[columns, columns]`: the sum of `x x^T`, at these very positions.
+        x_mean: `[columns]`: the sum of `x`.
+        positions: per sample.
+    """
+
+    moment: torch.Tensor
+    second: torch.Tensor
+    mean: torch.Tensor
+    x_second: torch.Tensor
+    x_mean: torch.Tensor
+    positions: float
+
+
+@dataclass(frozen=True)
 class Stats:
     """Statistics of a network: per site name its `LayerStats`, and how they were made.
+
+    `cross` holds what neighbours of a chain have in common, by `"a->b"`.
 
     `samples == 0` means data-free: then no layer has statistics, errors are relative spectral
     errors, and the planner minimises the maximum instead of the sum.
@@ -72,6 +98,7 @@ class Stats:
     loss: str = "features"
     network: str = ""
     notes: tuple[str, ...] = ()
+    cross: Mapping[str, Cross] = field(default_factory=dict)
 
     def of(self, name: str) -> LayerStats | None:
         return self.layers.get(name)

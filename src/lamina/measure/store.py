@@ -8,9 +8,10 @@ from dataclasses import asdict, fields
 import torch
 
 from lamina.errors import RunError
-from lamina.measure.stats import LayerStats, Stats
+from lamina.measure.stats import Cross, LayerStats, Stats
 
 PARTS = ("H", "G", "mean")
+CROSSED = ("moment", "second", "mean", "x_second", "x_mean")
 
 
 def dump_stats(stats: Stats) -> bytes:
@@ -27,8 +28,14 @@ def dump_stats(stats: Stats) -> bytes:
             tensor = getattr(layer, part)
             if tensor is not None:
                 tensors[f"{part}:{name}"] = tensor.contiguous()
+    crossed: dict[str, float] = {}
+    for name, cross in stats.cross.items():
+        crossed[name] = cross.positions
+        for f in fields(cross):
+            if f.name != "positions":
+                tensors[f"{f.name}:{name}"] = getattr(cross, f.name).contiguous()
     whole = asdict(Stats(samples=stats.samples, loss=stats.loss, network=stats.network))
-    whole |= {"layers": numbers, "notes": list(stats.notes)}
+    whole |= {"layers": numbers, "notes": list(stats.notes), "cross": crossed}
     return save(tensors, {"stats": json.dumps(whole)})
 
 
@@ -55,6 +62,10 @@ def parse_stats(data: bytes) -> Stats:
             loss=whole["loss"],
             network=whole["network"],
             notes=tuple(whole["notes"]),
+            cross={
+                name: Cross(**{p: tensors[f"{p}:{name}"] for p in CROSSED}, positions=positions)
+                for name, positions in whole["cross"].items()
+            },
         )
     except Exception as error:
         raise RunError(

@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lamina.errors import MethodError
-from lamina.forms import Edit
-from lamina.measure.stats import Cost, LayerStats
-from lamina.network.sites import Site
+from lamina.errors import MethodError, SiteError
+from lamina.forms import Edit, Plain
+from lamina.measure.stats import Cost, Cross, LayerStats
+from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 
 LONGEST = 24  # characters of a setting that are shown; a mask of channels has hundreds
@@ -155,32 +155,191 @@ class Alike(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Passage:
+    """One operation between two members of a chain.
+
+    Args:
+        op: what it is, as in `Site.between`.
+        module: the path of the module that does this and nothing else, as in `Site.through`.
+        tensors: a batch_norm's `scale` and `shift` in evaluation mode (`y = scale * x + shift`), a
+            prelu's or leaky_relu's `slope`.
+    """
+
+    op: str
+    module: str = ""
+    tensors: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a spanning method sees of its site.
+
+    Args:
+        members: the layers, in order.
+        passages: of a chain: what lies between two members; parallel to `Site.between`.
+        cross: of a chain: how the inputs of two neighbours go together; None where that was not
+            measured.
+    """
+
+    members: tuple[Leaf, ...]
+    passages: tuple[tuple[Passage, ...], ...] = ()
+    cross: tuple[Cross | None, ...] = ()
+
+
+@runtime_checkable
+class Spanning(Protocol):
+    """A method whose sites span several layers: parts of chains, or families.
+
+    It is never final. `Site.members` are the layers it claims: a plan holds a decision for the span
+    or for each of its members. Settings are JSON values.
+    """
+
+    name: str
+    stage: Stage
+    kinds: tuple[str, ...]
+    needs: frozenset[str]
+    reference: str
+    final: bool
+
+    def places(self, sites: Sites) -> Iterable[Site]:
+        """Return the parts of chains, or the families, that it could serve; nothing is computed."""
+        ...
+
+    def refuse(self, site: Site) -> str:
+        """Return why this method cannot serve the site, or `""`."""
+        ...
+
+    def propose(self, site: Site, parts: Parts) -> Iterable[Candidate]:
+        """Offer candidates of one step each, with the costs of all members together afterwards."""
+        ...
+
+    def leave(self, site: Site, parts: Parts, settings: Settings) -> tuple[Leaf, ...]:
+        """Describe the layers left by one candidate's settings; what vanishes leaves none."""
+        ...
+
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
+        """Return the structural edits of a choice without values."""
+        ...
+
+    def apply(self, network: Network, choice: Choice, parts: Parts) -> list[Edit]:
+        """Return the edits that carry out a choice on `network`, which is not changed.
+
+        Structural edits first, then the values of what is left as `Plain` edits.
+
+        Raises:
+            SiteError: the site cannot be served; names the site and the reason.
+        """
+        ...
+
+
 @cache
-def registry() -> dict[str, Method]:
-    """Return every method by name; adding a file to this folder adds a method."""
+def _instances() -> dict[str, Method | Spanning]:
     import lamina.methods as package
 
-    found: dict[str, Method] = {}
+    found: dict[str, Method | Spanning] = {}
     for info in pkgutil.iter_modules(package.__path__):
         if info.name == "base" or info.name.startswith("_"):
             continue
         module = importlib.import_module(f"lamina.methods.{info.name}")
         method = getattr(module, "method", None)
-        if isinstance(method, Method):
+        if isinstance(method, (Spanning, Method)):
             found[method.name] = method
     return found
 
 
-def get_method(name: str) -> Method:
-    """Return a method by name.
+@cache
+def registry() -> dict[str, Method]:
+    """Return every method of layers by name; adding a file to this folder adds a method."""
+    return {n: m for n, m in _instances().items() if not isinstance(m, Spanning)}
+
+
+@cache
+def spanning() -> dict[str, Spanning]:
+    """Return every method that spans layers by name."""
+    return {n: m for n, m in _instances().items() if isinstance(m, Spanning)}
+
+
+def find_method(name: str) -> Method | Spanning:
+    """Return a method by name, of either kind.
 
     Raises:
         MethodError: there is no such method.
     """
-    methods = registry()
+    methods = _instances()
     if name not in methods:
         raise MethodError("unknown method", repr(name), "", f"choose from {', '.join(methods)}")
     return methods[name]
+
+
+def get_method(name: str) -> Method:
+    """Return a method of layers by name.
+
+    Raises:
+        MethodError: there is no such method, or it spans layers.
+    """
+    method = find_method(name)
+    if isinstance(method, Spanning):
+        raise MethodError(f"{name} is no method of single layers", "", "it spans several")
+    return method
+
+
+class Structural(Protocol):
+    """What `apply_leaves` needs of a method that leaves other layers behind."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuse(self, site: Site) -> str: ...
+
+    def leave(
+        self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
+    ) -> tuple[Leaf, ...]: ...
+
+    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]: ...
+
+
+def apply_leaves(
+    method: Structural, network: Network, choice: Choice, stats: LayerStats | None,
+    indices: Mapping[str, torch.Tensor] | None = None, leaves: Sequence[Leaf] | None = None,
+) -> list[Edit]:  # fmt: skip
+    """Return the structural edits of a choice, then the values of the layers it leaves.
+
+    Args:
+        method: which the choice is of.
+        network: which is not changed.
+        choice: a site and settings.
+        stats: of the site.
+        indices: values of what the structure holds besides, by name (a gather's index).
+        leaves: what `leave` says, where that is known already.
+
+    Raises:
+        SiteError: the method refuses the site.
+        MethodError: the settings do not fit the layer.
+    """
+    site = choice.site
+    if why := method.refuse(site):
+        raise SiteError(f"{method.name} cannot serve this site", site.name, why)
+    if leaves is None:
+        leaves = method.leave(site, weights_of(network, site), stats, choice.settings)
+    edits = list(method.structure(site, choice.settings))
+    edits += [Edit(name, "values", values=Plain(t)) for name, t in (indices or {}).items()]
+    return edits + values_of(leaves)
+
+
+def values_of(leaves: Iterable[Leaf]) -> list[Edit]:
+    """Return the edits that put the tensors of layers in as they are.
+
+    Example:
+        >>> leaf = Leaf(Site("fc", weight="fc.weight"), {"weight": torch.ones(2, 2)}, None)
+        >>> [edit.path for edit in values_of([leaf])]
+        ['fc.weight']
+    """
+    return [
+        Edit(leaf.site.weight if kind == "weight" else leaf.site.bias, "values", values=Plain(t))
+        for leaf in leaves
+        for kind, t in leaf.weights.items()
+    ]
 
 
 def weights_of(network: Network, site: Site) -> dict[str, torch.Tensor]:

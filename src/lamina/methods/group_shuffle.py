@@ -30,7 +30,7 @@ import torch
 
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 from lamina.measure.blocks import Order, find_groups, levels, refit_groups
 from lamina.measure.low_rank import damp
 from lamina.measure.stats import Cost, LayerStats, predict_error
@@ -42,6 +42,7 @@ from lamina.methods.base import (
     Stage,
     Step,
     Weights,
+    apply_leaves,
     weights_of,
 )
 from lamina.network.sites import STRUCTURAL, Site, as_matrix
@@ -158,22 +159,17 @@ class GroupShuffle:
             MethodError: the settings do not fit the layer.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
+        if self.refuse(site):  # says why
+            return apply_leaves(self, network, choice, stats)
         groups, seed = _read(site, choice.settings)
         weights = weights_of(network, site)
         found = _group(site, _matrix(site, weights["weight"]), stats, groups, seed)
-        leaf = _leaf(site, weights, stats, found)
-        names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
-        index = {"0": found.order.cols, "2": torch.argsort(found.order.rows)}
-        return [
-            *self.structure(site, choice.settings),
-            *(
-                Edit(f"{site.module}.{place}.index", "values", values=Plain(tensor))
-                for place, tensor in index.items()
-            ),
-            *(Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()),
-        ]
+        index = {
+            f"{site.module}.0.index": found.order.cols,
+            f"{site.module}.2.index": torch.argsort(found.order.rows),
+        }
+        leaves = (_leaf(site, weights, stats, found),)
+        return apply_leaves(self, network, choice, stats, index, leaves)
 
 
 def connection_importance(

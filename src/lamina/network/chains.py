@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from lamina.network.sites import Refusal, Site
+from torch import nn
+
+from lamina.network.sites import Refusal, Site, cut
 from lamina.network.tensors import Tensors
 from lamina.network.trace import Flow, Op
+
+__all__ = ["ELEMENTWISE", "NORM", "POOL", "cut", "find_chains", "own_passages"]
 
 IDENTITY = {
     "contiguous",
@@ -98,7 +102,7 @@ def find_chains(
         if _inside(op, unit.site)
     }
     ops = {op.name: op for op in flow.ops}
-    links: dict[str, tuple[str, tuple[str, ...]]] = {}
+    links: dict[str, tuple[str, tuple[Op, ...]]] = {}
     refusals = []
     for unit in units.values():
         target, between, broken = _follow(unit, ops, consumers, entry, set(flow.outputs))
@@ -108,7 +112,7 @@ def find_chains(
             refusals.append(Refusal(where, "chain", why))
         elif target:
             links[unit.site.name] = (target, between)
-    return _runs(links), tuple(refusals)
+    return _runs(links, ran), tuple(refusals)
 
 
 def _unit(
@@ -156,10 +160,13 @@ def _follow(
     consumers: Mapping[str, list[Op]],
     entry: Mapping[str, _Unit],
     outputs: set[str],
-) -> tuple[str, tuple[str, ...], str]:
-    """Follow the one path from a layer: where it leads, what lies between, what broke it."""
+) -> tuple[str, tuple[Op, ...], str]:
+    """Follow the one path from a layer: where it leads, what lies between, what broke it.
+
+    An op is listed under its label (see `_label`).
+    """
     here, broken = unit.result, ""
-    between: list[str] = []
+    between: list[Op] = []
     while here not in outputs:
         after = [op for op in consumers.get(here, ()) if not _inside(op, unit.site)]
         if len(after) != 1:
@@ -173,7 +180,7 @@ def _follow(
                 break
             broken, label = broken or op.target, ""
         if label:
-            between.append(label)
+            between.append(replace(op, target=label))
         here = op.name
     return "", (), ""
 
@@ -199,21 +206,60 @@ def _label(op: Op, before: Op) -> str | None:
     return None
 
 
-def _runs(links: Mapping[str, tuple[str, tuple[str, ...]]]) -> tuple[Site, ...]:
+def _runs(
+    links: Mapping[str, tuple[str, tuple[Op, ...]]], ran: Mapping[str, list[Op]]
+) -> tuple[Site, ...]:
     followers = {target for target, _ in links.values()}
     chains = []
     for start in links:
         if start in followers:
             continue
-        members, between = [start], []
+        members: list[str] = [start]
+        between: list[tuple[str, ...]] = []
+        through: list[tuple[str, ...]] = []
         while members[-1] in links:
             target, ops = links[members[-1]]
             members.append(target)
-            between.append(ops)
+            between.append(tuple(op.target for op in ops))
+            through.append(tuple(_alone(op, ran) for op in ops))
         name = f"{start}..{members[-1]}"
         chains.append(
             Site(
-                name, "chain", op="", positions=0.0, members=tuple(members), between=tuple(between)
+                name,
+                "chain",
+                op="",
+                positions=0.0,
+                members=tuple(members),
+                between=tuple(between),
+                through=tuple(through),
             )
         )
     return tuple(chains)
+
+
+def _alone(op: Op, ran: Mapping[str, list[Op]]) -> str:
+    """Return the path of the module that ran an op and nothing else, or `""`."""
+    return op.module if op.module and len(ran.get(op.module, ())) == 1 else ""
+
+
+def own_passages(root: nn.Module, chains: tuple[Site, ...], flow: Flow) -> tuple[Site, ...]:
+    """Take those modules out of `through` that run in another place too, by another path.
+
+    A module that stands in two slots is a module of each: either can be replaced. But where its
+    container stands in two places, what is put into one is in the other as well.
+    """
+    paths: dict[int, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    run = {op.module for op in flow.ops}
+
+    def own(path: str) -> str:
+        parent, _, leaf = path.rpartition(".")
+        same = paths[id(root.get_submodule(parent))] if path else ()
+        others = (f"{other}.{leaf}" if other else leaf for other in same if other != parent)
+        return "" if any(other in run for other in others) else path
+
+    return tuple(
+        replace(chain, through=tuple(tuple(map(own, between)) for between in chain.through))
+        for chain in chains
+    )

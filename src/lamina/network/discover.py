@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lamina.network.chains import find_chains
+from lamina.network.chains import find_chains, own_passages
+from lamina.network.families import find_families
 from lamina.network.layers import describe
 from lamina.network.observe import Uses, observe
 from lamina.network.sites import Refusal, Site, Sites
@@ -31,8 +32,8 @@ def discover(network: Network) -> Sites:
         network: with example inputs; without them there are no chains, and positions are 1.
 
     Returns:
-        Sites in module order: `layers`, `chains`, `refusals`, and as `rest` the names of all
-        parameters and persistent buffers that no site claims, in `state_dict` order.
+        Sites in module order: `layers`, `chains`, `families`, `refusals`, and as `rest` the names
+        of all parameters and persistent buffers that no site claims, in `state_dict` order.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -57,6 +58,7 @@ def discover(network: Network) -> Sites:
     chains: tuple[Site, ...] = ()
     if isinstance(flow, Flow):
         chains, broken = find_chains(tuple(layers), flow, tensors)
+        chains = own_passages(network.module, chains, flow)
         refusals += broken
     else:
         refusals.append(Refusal("chains", "chain sites", flow))
@@ -70,7 +72,8 @@ def discover(network: Network) -> Sites:
     )
     refusals += _unknown(network.module, rest, tensors, explained)
     refusals += _extra_state(network.module)
-    return Sites(tuple(layers), chains, tuple(refusals), rest, isinstance(flow, Flow))
+    families = find_families(layers)
+    return Sites(tuple(layers), chains, tuple(refusals), rest, isinstance(flow, Flow), families)
 
 
 def _drafts(root: nn.Module, tensors: Tensors) -> tuple[list[Site], list[Refusal], set[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,13 +14,14 @@ class Site:
     """One place where something can be compressed.
 
     A `layer` site is one weight tensor and, where there is one, its bias; a `chain` site is a run
-    of layers and what is between them. A site is described by names, shapes and integers only, so
-    that a layer which does not exist yet (a factor of a low rank pair) is as good as a real one.
+    of layers and what is between them; a `family` site are layers of one role and shape. A site is
+    described by names, shapes and integers only, so that a layer which does not exist yet (a factor
+    of a low rank pair) is as good as a real one.
 
     Args:
         name: unique name; a layer's module path (`"conv1"`), or the parameter name where one module
             holds several weights (`"lstm.weight_ih_l0"`).
-        kind: `"layer"` or `"chain"`.
+        kind: `"layer"`, `"chain"` or `"family"`.
         op: `"linear"`, `"conv"`, `"conv_transpose"`, `"embedding"` or `"recurrent"` (layer sites).
         module: module path of the layer.
         weight: parameter name of the weight, e.g. `"conv1.weight"`.
@@ -37,8 +38,11 @@ class Site:
             same; `()`: unknown.
         rigid: why the layer's form must stay (`""`: it may be replaced); values may change anyway.
         aliases: other parameter names that are the same tensor (tied weights).
-        members: names of the layer sites of a chain, in order.
-        between: what lies between two members, e.g. `(("relu",), ("max_pool2d", "flatten"))`.
+        members: names of the layer sites of a chain or a family, in the order they run.
+        between: what lies between two members of a chain, e.g.
+            `(("relu",), ("max_pool2d", "flatten"))`.
+        through: parallel to `between`: the path of the module that does this alone and once;
+            `""`: a call, or a module that runs elsewhere too.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Site:
     aliases: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
     between: tuple[tuple[str, ...], ...] = ()
+    through: tuple[tuple[str, ...], ...] = ()
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -124,9 +129,41 @@ class Sites:
     refusals: tuple[Refusal, ...] = ()
     rest: tuple[str, ...] = ()
     traced: bool = True
+    families: tuple[Site, ...] = ()
 
     def __getitem__(self, name: str) -> Site:
-        for site in (*self.layers, *self.chains):
+        for site in (*self.layers, *self.chains, *self.families):
             if site.name == name:
                 return site
+        first, _, last = name.partition("..")
+        for chain in self.chains:
+            if first in chain.members and last in chain.members:
+                start, end = chain.members.index(first), chain.members.index(last)
+                if start < end:
+                    return cut(chain, start, end)
         raise KeyError(name)
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            self[name]
+        except KeyError:
+            return False
+        return True
+
+
+def cut(chain: Site, first: int, last: int) -> Site:
+    """Return the part of a chain from one member to another, both included.
+
+    Example:
+        >>> whole = Site("a..c", "chain", members=("a", "b", "c"), between=(("relu",), ()))
+        >>> cut(whole, 0, 1).name, cut(whole, 0, 1).between
+        ('a..b', (('relu',),))
+    """
+    members = chain.members[first : last + 1]
+    return replace(
+        chain,
+        name=f"{members[0]}..{members[-1]}",
+        members=members,
+        between=chain.between[first:last],
+        through=chain.through[first:last],
+    )

@@ -24,6 +24,10 @@ class Network:
         data: the network's own loaders, if it has any (`train`, `calibration`, `validation`,
             `test`).
         loss: what its outputs are: `"logits"`, `"features"` or `"auto"` (decided when measured).
+        edits: structural edits that turn what `source` rebuilds into this module (a network that
+            was opened from a file has some).
+        box: for which inputs it equals what it was made of, `"low,high"` (of each channel,
+            separated by semicolons); `""`: nothing was made of anything, or there is no limit.
 
     Example:
         >>> net = Network(nn.Linear(3, 2), (torch.zeros(1, 3),))
@@ -38,6 +42,8 @@ class Network:
     name: str = "network"
     data: Any = None
     loss: str = "auto"
+    edits: tuple[Any, ...] = ()
+    box: str = ""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the module without gradients, in evaluation mode; return its main output tensor."""

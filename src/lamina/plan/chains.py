@@ -20,18 +20,21 @@ from lamina.methods.base import (
     Candidate,
     Leaf,
     Method,
+    Spanning,
     Stage,
     Step,
     Weights,
+    find_method,
     get_method,
     registry,
+    spanning,
     weights_of,
 )
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan.fronts import COMBINED, join, pareto, thin
 
-__all__ = ["COMBINED", "EXTENDED", "Candidates", "join", "pareto", "propose", "thin"]
+__all__ = ["COMBINED", "EXTENDED", "Candidates", "join", "pareto", "propose_layers", "thin"]
 
 EXTENDED = (24, 1)  # points of a first, a second non-final method's curve that are extended
 VALUES_SHARE = 3  # a method that shapes nothing but values gets one in so many of these
@@ -43,46 +46,31 @@ Progress = Callable[[int, int, str], None]
 Line = list[Candidate]
 
 
-def propose(
+def propose_layers(
     network: Network,
     sites: Sites,
     stats: Stats,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[Method],
     progress: Progress | None = None,
-    bytes_count: bool = True,
 ) -> dict[str, tuple[Candidate, ...]]:
-    """Ask every method for its offers on every layer site, and chain them through the stages.
-
-    Args:
-        network: the network, which is only read.
-        sites: from `discover`.
-        stats: from `measure`; data-free if `stats.samples == 0`.
-        methods: names of the methods to ask; default: all. `keep` is always asked.
-        progress: called with (sites done, sites in all, site name).
-        bytes_count: whether the budget limits bytes. Where it does not, methods that only change
-            how values are stored have nothing to offer but error, and are not asked.
+    """Ask methods for their offers on every layer site, and chain them through the stages.
 
     Returns:
         Per site name its Pareto candidates, sorted by falling cost in bits.
-
-    Raises:
-        MethodError: an unknown method.
     """
-    asked = choose_methods(methods)
-    if not bytes_count:
-        asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES]
     found: dict[str, tuple[Candidate, ...]] = {}
     for i, site in enumerate(sites.layers):
         if progress:
             progress(i, len(sites.layers), site.name)
-        found[site.name] = propose_site(site, weights_of(network, site), stats.of(site.name), asked)
+        weights = weights_of(network, site)
+        found[site.name] = propose_site(site, weights, stats.of(site.name), methods)
     if progress:
         progress(len(sites.layers), len(sites.layers), "")
     return found
 
 
 def choose_methods(names: Sequence[str] | None) -> list[Method]:
-    """Return the methods to ask, `keep` first.
+    """Return the methods of layers to ask, `keep` first.
 
     Raises:
         MethodError: a name is unknown, or the list is empty.
@@ -91,8 +79,13 @@ def choose_methods(names: Sequence[str] | None) -> list[Method]:
         return list(registry().values())
     if isinstance(names, str):
         raise MethodError("methods is a list of names", repr(names), "", f"write [{names!r}]")
-    chosen = {"keep": get_method("keep")} | {name: get_method(name) for name in names}
-    return list(chosen.values())
+    chosen = {"keep": get_method("keep")} | {name: find_method(name) for name in names}
+    return [method for method in chosen.values() if not isinstance(method, Spanning)]
+
+
+def choose_spanning(names: Sequence[str] | None) -> list[Spanning]:
+    """Return the methods to ask that span layers."""
+    return [method for name, method in spanning().items() if names is None or name in names]
 
 
 def propose_site(
@@ -121,10 +114,10 @@ def _chains(
     before: tuple[Stage, ...] = (),
 ) -> list[Candidate]:
     """Return all chains for a layer whose non-final methods come after the stages `before`."""
-    return _lines([Leaf(site, weights, stats)], [0.0], methods, before)[0]
+    return extend_family([Leaf(site, weights, stats)], [0.0], methods, before)[0]
 
 
-def _lines(
+def extend_family(
     family: Sequence[Leaf], floors: Sequence[float], methods: Sequence[Method],
     before: tuple[Stage, ...],
 ) -> list[Line]:  # fmt: skip
@@ -141,7 +134,7 @@ def _lines(
         served = [i for i, leaf in enumerate(family) if serves(method, leaf.site)]
         if not method.final:
             if len(before) < len(EXTENDED) and all(method.stage > stage for stage in before):
-                _extend(method, family, floors, methods, before, served, found)
+                _begin_with(method, family, floors, methods, before, served, found)
         elif not before or method.name != "keep":
             for i, line in zip(
                 served, _offers(method, family, floors, served, before), strict=True
@@ -166,7 +159,7 @@ def _offers(
     return [tuple(method.propose(leaf.site, leaf.weights, leaf.stats)) for leaf in leaves]
 
 
-def _extend(
+def _begin_with(
     method: Method, family: Sequence[Leaf], floors: Sequence[float], methods: Sequence[Method],
     before: tuple[Stage, ...], served: Sequence[int], found: list[Line],
 ) -> None:  # fmt: skip
@@ -189,7 +182,7 @@ def _extend(
     for place in range(max((len(left) for _, _, left in picks), default=0)):
         members = [n for n, (_, _, left) in enumerate(picks) if place < len(left)]
         members.sort(key=lambda n: picks[n][1].cost.bits)
-        alike = _lines(
+        alike = extend_family(
             [picks[n][2][place] for n in members],
             [floors[picks[n][0]] + picks[n][1].error for n in members],
             methods,
@@ -199,7 +192,7 @@ def _extend(
             lines[n][place] = line
     for (i, offer, left), curves in zip(picks, lines, strict=True):
         how = "sum" if family[i].stats is not None else "max"
-        found[i] += _ended(offer, left, curves, how, floors[i])
+        found[i] += end_offer(offer, left, curves, how, floors[i])
 
 
 def _follows(later: Method, method: Method, depth: int) -> bool:
@@ -231,7 +224,7 @@ def ended_by(
 ) -> list[Candidate]:
     """Return a layer's chains of one non-final method and one final one, or `keep`, after it."""
     found: list[Line] = [[]]
-    _extend(method, [Leaf(site, weights, stats)], [0.0], [last], (), [0], found)
+    _begin_with(method, [Leaf(site, weights, stats)], [0.0], [last], (), [0], found)
     return found[0]
 
 
@@ -245,10 +238,18 @@ def _points(method: Method, offers: tuple[Candidate, ...], depth: int) -> Sequen
     return offers[len(offers) // 2 :][:count]  # one alone: neither end is of much use
 
 
-def _ended(
+def end_offer(
     offer: Candidate, leaves: Sequence[Leaf], curves: Sequence[Line], how: str, floor: float
 ) -> list[Candidate]:
-    """End a non-final offer: its layers kept as they are, or on their joint curve."""
+    """End a non-final offer: its layers kept as they are, or on their joint curve.
+
+    Args:
+        offer: of one step.
+        leaves: what it leaves.
+        curves: what later stages offer for each of these; may be empty.
+        how: errors of the leaves come together: `"sum"` or `"max"`.
+        floor: the error made before the offer.
+    """
     keeps = _kept(offer, leaves)
     steps = tuple(step for keep in keeps for step in keep.steps)
     ended = [Candidate(offer.site, offer.steps + steps, offer.cost, offer.error)]

@@ -45,7 +45,7 @@ def fixed_cost(network: Network, sites: Sites, structure: Sequence[Edit] = ()) -
         Edit(name, "values", values=Plain(torch.zeros_like(tensor)))
         for name, tensor in zip(chosen, tensors, strict=True)
     )
-    file = pack(network.module, (*structure, *edits), network.source, PLAN)
+    file = pack(network.module, (*network.edits, *structure, *edits), network.source, PLAN)
     ledger = unpack(file, max_bytes=1 << 62).ledger  # so many zeros would look like a bomb
     others = sum(size for part, size in ledger.items() if part not in chosen)
     heads = sum(1 + len(varint(t.numel() * t.element_size())) for t in tensors)

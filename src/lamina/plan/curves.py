@@ -12,7 +12,7 @@ import numpy as np
 
 from lamina.errors import BudgetError, InfeasibleError
 from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.base import Candidate, Method, Stage, Step, Weights, get_method
+from lamina.methods.base import Candidate, Method, Stage, Step, Weights, find_method
 from lamina.network.sites import Site
 from lamina.plan.allocate import allocate
 from lamina.plan.budget import Budget
@@ -57,14 +57,14 @@ class Point:
 
 
 def chain_of(steps: Iterable[Step]) -> str:
-    """Return the names of a chain's methods: those that shape a layer, then those of its values.
+    """Return the names of a chain's methods: those that shape layers, then those of their values.
 
     Example:
         >>> chain_of([Step("alds", "fc"), Step("rdoq", "fc.0"), Step("keep", "fc.1")])
         'alds > keep | rdoq'
     """
     names = list(dict.fromkeys(step.method for step in steps))
-    final = sorted(name for name in names if get_method(name).final)
+    final = sorted(name for name in names if find_method(name).final)
     return " > ".join([*(n for n in names if n not in final), " | ".join(final)])
 
 
@@ -183,8 +183,8 @@ def timed_alike(offers: Iterable[Candidate], timed: Iterable[Candidate]) -> list
 
 def shape_of(offer: Candidate) -> str:
     """Return the steps that say what will run; the others only change values."""
-    shaping = [s for s in offer.steps if get_method(s.method).stage < Stage.VALUES]
-    return "; ".join(f"{s} at {s.at}" for s in shaping if not get_method(s.method).final)
+    shaping = [s for s in offer.steps if find_method(s.method).stage < Stage.VALUES]
+    return "; ".join(f"{s} at {s.at}" for s in shaping if not find_method(s.method).final)
 
 
 def prices(candidates: Candidates, plan: Plan) -> dict[str, float]:

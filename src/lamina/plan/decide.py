@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from lamina.errors import BudgetError, InfeasibleError
@@ -9,14 +12,17 @@ from lamina.measure.stats import Cost, Stats
 from lamina.methods.base import Candidate
 from lamina.network.sites import Sites
 from lamina.network.source import Network
-from lamina.plan.allocate import allocate, curve
+from lamina.plan.allocate import Allocation, allocate, curve, milp
 from lamina.plan.budget import Budget
 from lamina.plan.chains import Candidates, total
 from lamina.plan.costs import fixed_cost, original_cost
+from lamina.plan.options import Array
 from lamina.plan.plan import Decision, Plan
+from lamina.plan.spans import claims_of
 
 FIELDS = {"bytes": "bits", "macs": "macs", "params": "params", "seconds": "seconds"}
 SCALE = {"bytes": 8.0}  # bits, in which candidates are counted, per byte
+GAP, NODES = 1e-3, 2000  # of branch and bound where sites overlap
 WORDS = {"bytes": "size", "seconds": "latency"}  # names of limits where the resource's differs
 
 
@@ -50,18 +56,48 @@ def plan(
     if objective == "auto":
         objective = "sum" if stats.samples else "minimax"
     resources, limits = limits_of(budget, original, fixed)
-    names = [site.name for site in sites.layers]
+    names, claims = claims_of(sites, candidates)
     errors = [np.array([c.error for c in candidates[n]], dtype=np.float64) for n in names]
     costs = [
         np.array([[getattr(c.cost, FIELDS[r]) for r in resources] for c in candidates[n]])
         for n in names
     ]
     try:
-        chosen = allocate(errors, costs, limits, objective)  # type: ignore[arg-type]
+        chosen = choose(errors, costs, limits, objective, claims, len(sites.layers))
     except InfeasibleError as error:
         raise infeasible(error, budget, resources, original, fixed) from None
-    taken = {n: candidates[n][i] for n, i in zip(names, chosen.choice, strict=True)}
+    taken = {n: candidates[n][i] for n, i in zip(names, chosen.choice, strict=True) if i >= 0}
     return make_plan(network, taken, budget, objective, original, fixed, candidates)
+
+
+def choose(
+    errors: Sequence[Array], costs: Sequence[Array], limits: Array, objective: str,
+    claims: Sequence[Collection[int]], layers: int,
+) -> Allocation:  # fmt: skip
+    """Choose one option per layer, or a span for several: by prices alone, or by branch and bound.
+
+    Args:
+        errors, costs, limits, objective: as for `allocate`.
+        claims: which layers each site claims; the first `layers` claim themselves.
+        layers: how many there are.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    alone: Allocation | None = None
+    try:
+        alone = allocate(errors[:layers], costs[:layers], limits, objective)  # type: ignore[arg-type]
+    except InfeasibleError:
+        if layers == len(claims):
+            raise
+    if layers == len(claims):
+        assert alone is not None
+        return alone
+    rest = (-1,) * (len(claims) - layers)
+    joint = milp(errors, costs, limits, objective, claims, gap=GAP, nodes=NODES)  # type: ignore[arg-type]
+    if alone is None or joint.error < alone.error:
+        return joint
+    return replace(alone, choice=(*alone.choice, *rest))
 
 
 def make_plan(

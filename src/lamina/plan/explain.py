@@ -13,7 +13,8 @@ from lamina.methods.base import Candidate, Method, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan.allocate import hull
-from lamina.plan.chains import Candidates, choose_methods
+from lamina.plan.alternatives import apart, held, span_offers, spans_over, unheard
+from lamina.plan.chains import Candidates, choose_methods, choose_spanning
 from lamina.plan.curves import (
     Point,
     chain_of,
@@ -49,6 +50,7 @@ class Explanation:
         why: one or two sentences.
         refusals: (method, why) of methods that offer nothing here.
         objective: of the plan, `"sum"` or `"minimax"`.
+        spans: (name, why not) of spans that would take the layer.
     """
 
     site: str
@@ -61,6 +63,7 @@ class Explanation:
     why: str
     refusals: tuple[tuple[str, str], ...] = ()
     objective: str = "sum"
+    spans: tuple[tuple[str, str], ...] = ()
 
     def dict(self) -> dict[str, Any]:
         """Return the explanation as JSON values."""
@@ -75,6 +78,7 @@ class Explanation:
             "why": self.why,
             "refusals": [list(r) for r in self.refusals],
             "objective": self.objective,
+            "spans": [list(s) for s in self.spans],
         }
 
     def text(self) -> str:
@@ -99,6 +103,8 @@ class Explanation:
                 mark = "*" if p.taken else "" if p.offered else "-"
                 rows.append([mark, *cells(p), f"  {p.steps}"])
         lines += table(["", *HEAD, "chain"], rows)
+        if self.spans:
+            lines += ["", "In a span instead:", *(f"  {name}: {why}" for name, why in self.spans)]
         if self.refusals:
             lines += ["", "Not offered:", *(f"  {name}: {why}" for name, why in self.refusals)]
         return "\n".join(line.rstrip() for line in lines)
@@ -127,7 +133,7 @@ def explain(
     Args:
         network, sites, stats, candidates: what the plan was made from.
         plan: the decision.
-        layer: name of a layer site.
+        layer: name of a layer, or of a span; what is said of a layer in a span is said of that.
         methods: names of the methods that were asked; default: all.
 
     Raises:
@@ -146,45 +152,54 @@ def explain(
         >>> print(explain(net, sites, Stats(), offers, made, "0").taken.chain)
         rdoq
     """
-    site = layer_of(sites, layer)
-    if layer not in plan.sites:
-        raise PlanError("the plan says nothing of this layer", layer)
     asked = choose_methods(methods)
-    weights, known = weights_of(network, site), stats.of(layer)
-    offers = candidates.get(layer, ())
-    decision = plan.sites[layer]
+    name = decided_at(sites, plan, layer)
+    site, decision, offers = sites[name], plan.sites[name], candidates.get(name, ())
+    alone = site.kind == "layer"
+    known = stats.of(name) if alone else None
+    if alone:
+        again = method_offers(site, weights_of(network, site), known, asked)
+    else:
+        spanning = choose_spanning(methods)
+        again = span_offers(network, sites, stats, site, spanning, asked)
     here = {key_of(c.steps) for c in offers}
-    again = timed_alike(method_offers(site, weights, known, asked), offers)
-    again = [c for c in again if key_of(c.steps) not in here]
+    again = [c for c in timed_alike(again, offers) if key_of(c.steps) not in here]
     beaten = [point_of(c, decision, offered=False) for c in again]
     points = [*(point_of(c, decision) for c in offers), *beaten]
+    if not alone:
+        points += apart(candidates, site, plan.objective)
     if not any(p.taken for p in points):  # a plan that was edited, or of a recipe
         points.append(taken_point(decision))
     points.sort(key=lambda p: (p.chain, p.cost.bits, p.error))
     taken = next(p for p in points if p.taken)
     price = prices(candidates, plan)
     cheaper, dearer = neighbours(offers, taken, price)
+    why = reason(taken, points, price, plan)
     return Explanation(
-        site=layer,
-        shape=f"{site.op} {' x '.join(map(str, site.shape))}".strip(),
+        site=name,
+        shape=f"{site.op} {' x '.join(map(str, site.shape))}".strip() if alone else held(site),
         taken=taken,
         points=tuple(points),
         price=price,
         cheaper=cheaper,
         dearer=dearer,
-        why=reason(taken, points, price, plan),
-        refusals=silent(site, asked, points, known),
+        why=why if name == layer else f"{layer} is in {name}. {why}",
+        refusals=(
+            silent(site, asked, points, known) if alone else unheard(site, spanning, points, sites)
+        ),
         objective=plan.objective,
+        spans=spans_over(candidates, sites, plan, name, price) if alone else (),
     )
 
 
-def summarise(candidates: Candidates, plan: Plan) -> str:
+def summarise(candidates: Candidates, plan: Plan, sites: Sites | None = None) -> str:
     """Return every layer's choice in a line, beside the best other chain, as a plain text table.
 
     Args:
         candidates: of every site of the plan; nothing is asked again, so that a method that is
             beaten everywhere does not appear.
         plan: the decision.
+        sites: of the network; with them the layers of a span have lines that say so.
     """
     price = prices(candidates, plan)
     rows = []
@@ -193,12 +208,32 @@ def summarise(candidates: Candidates, plan: Plan) -> str:
         taken = next(p for p in points if p.taken)
         row = [name, taken.chain, f"{taken.bytes:,.0f}", f"{taken.error:.3g}"]
         rows.append([*row, rival(taken, points, price)])
+        members = sites[name].members if sites is not None and name in sites else ()
+        rows += [[f"  {member}", f"in {name}", "", "", ""] for member in members]
     head = ["layer", "takes", "bytes", "error", "for the same error"]
     lines = table(head, rows, left=frozenset({0, 1, 4}))
     if any(price.values()):
         said = ", ".join(f"{p:.3g} per {UNITS[r]}" for r, p in price.items())
         lines.append(f"price at this budget, nats: {said}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def decided_at(sites: Sites, plan: Plan, name: str) -> str:
+    """Return under which name a plan decides about a layer: its own, or that of its span.
+
+    Raises:
+        SiteError: there is no such layer.
+        PlanError: the plan says nothing of it.
+    """
+    site = layer_of(sites, name)
+    if name in plan.sites:
+        return name
+    for other in plan.sites:
+        if other in sites and name in sites[other].members:
+            return other
+    if site.kind != "layer":
+        raise PlanError("the plan does not take this span", name, "its layers are decided alone")
+    raise PlanError("the plan says nothing of this layer", name)
 
 
 def rival(taken: Point, points: Sequence[Point], price: Mapping[str, float]) -> str:
@@ -311,13 +346,13 @@ def silent(
 
 
 def layer_of(sites: Sites, name: str) -> Site:
-    """Return a layer site by name.
+    """Return a layer, or a span of them, by name.
 
     Raises:
         SiteError: there is none; names the nearest, and the first forty there are.
     """
     names = [site.name for site in sites.layers]
-    if name in names:
+    if name in names or (name and name in sites):
         return sites[name]
     near = [n for n in names if name.startswith(f"{n}.")]  # a tensor of a layer
     near += difflib.get_close_matches(name, names, 1, 0.4)

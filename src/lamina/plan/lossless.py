@@ -49,7 +49,9 @@ def keep_all(
     copied = replace(network, module=copy_module(network.module))
     edits = zeros_apart(copied)
     chains = {site.name: "keep" for site in sites.layers}
-    file = artifact.pack(copied.module, edits, network.source, chains)
+    file = artifact.pack(
+        copied.module, (*network.edits, *edits), network.source, chains, network.box
+    )
     package = artifact.unpack(file)
     check_bits(network, package)
     kept, inside = {}, 0

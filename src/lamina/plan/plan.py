@@ -10,9 +10,11 @@ from typing import Any
 
 from lamina.errors import PlanError
 from lamina.measure.stats import Cost
-from lamina.methods.base import Step, get_method
+from lamina.methods.base import Step, find_method
+from lamina.network.sites import Sites
 
 VERSION = 1
+REWRITE = r"^(fold|channels_last|stable [-+.,;e0-9]+)$"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Plan:
 
     Args:
         network: digest of the network the plan was made for.
-        sites: the decision of each layer site.
+        sites: the decision of each layer site, or of a span (a chain, a family) for its members.
         budget: the budget as JSON, see `Budget`.
         objective: `"sum"` of errors, or `"minimax"`.
         original: what the network costs as it is.
@@ -46,8 +48,8 @@ class Plan:
         error: the predicted error [nats per sample], or the largest relative error (minimax).
         curve: the network's rate-distortion curve: (size [bytes], error) pairs.
         name: the network's name.
-        rewrite: how the network is rewritten before anything else, without loss: of `"fold"` and
-            `"channels_last"`.
+        rewrite: how the network is rewritten before anything else, without loss: of `"fold"`,
+            `"stable LOW,HIGH"` (for inputs in this box) and `"channels_last"`.
     """
 
     network: str
@@ -62,16 +64,23 @@ class Plan:
     name: str = "network"
     rewrite: tuple[str, ...] = ()
 
-    def show(self) -> str:
-        """Return the plan as a plain text table."""
+    def show(self, sites: Sites | None = None) -> str:
+        """Return the plan as a plain text table.
+
+        Args:
+            sites: of the network; with them the layers of a span have lines that say so.
+        """
         rows = [("site", "chain", "bytes", "error")]
         for name, d in self.sites.items():
             rows.append((name, d.describe(), f"{d.cost.bits / 8:,.0f}", f"{d.error:.3g}"))
+            members = sites[name].members if sites is not None and name in sites else ()
+            rows += [(f"  {member}", f"in {name}", "", "") for member in members]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             f"{r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]:>{widths[3]}}"
             for r in rows
         ]
+        lines = [line.rstrip() for line in lines]
         ratio = self.original.bits / max(self.predicted.bits, 1)
         if self.rewrite:
             lines.append(f"rewritten first: {', '.join(self.rewrite)}")
@@ -154,7 +163,7 @@ class Plan:
             steps = tuple(Step(s.method, s.at, dict(s.settings)) for s in site.steps)
             for step in steps:
                 try:
-                    get_method(step.method)
+                    find_method(step.method)
                 except MethodError as error:
                     raise PlanError(
                         "the plan names an unknown method", f"{where}: {name}", "", error.fix
@@ -179,9 +188,9 @@ class Plan:
 
 def _document() -> Any:
     """Return the pydantic model of the document (on first use: pydantic is slow to import)."""
-    from typing import Literal
+    from typing import Annotated, Literal
 
-    from pydantic import ConfigDict, create_model
+    from pydantic import ConfigDict, Field, create_model
 
     strict = ConfigDict(extra="forbid", allow_inf_nan=True)
 
@@ -203,7 +212,7 @@ def _document() -> Any:
         lamina_plan=(Literal[1], ...),
         name=(str, "network"),
         network=(str, ...),
-        rewrite=(list[Literal["fold", "channels_last"]], []),
+        rewrite=(list[Annotated[str, Field(pattern=REWRITE)]], []),
         budget=(dict[str, Any], {}),
         objective=(Literal["sum", "minimax"], "sum"),
         original=(cost_model, cost_model()),

@@ -28,6 +28,7 @@ def milp(
     claims: NDArray[Any] | Sequence[Collection[int]] | None = None,
     *,
     gap: float = 1e-7,
+    nodes: int | None = None,
 ) -> Allocation:
     """The optimum by branch and bound (HiGHS): the referee, and the solver where sites overlap.
 
@@ -40,6 +41,7 @@ def milp(
             [groups, base sites]. Each base site is then covered by exactly one group, and a group
             that is not used has choice -1. None: every group is its own site.
         gap: relative gap to the optimum at which the search may stop.
+        nodes: nodes of a search at most: the best choice found so far is returned.
 
     Raises:
         ValueError: as `allocate`; a group that claims nothing, a base site that nobody claims.
@@ -60,7 +62,7 @@ def milp(
     for live in (finite, table.live):  # last resorts only where nothing else fits
         spread = float(np.abs(np.where(finite, table.error, 0)).sum()) + 1.0
         filled = np.where(np.isfinite(table.error), table.error, 2 * spread)
-        solved = solve(Table(filled, table.cost, table.limit, live), cover, objective, gap)
+        solved = solve(Table(filled, table.cost, table.limit, live), cover, objective, gap, nodes)
         if solved is None:
             continue
         choice, bound = solved
@@ -70,7 +72,7 @@ def milp(
             used = np.flatnonzero(choice >= 0)
             bound = float(filled[used, choice[used]].max())
             lower = Table(filled, table.cost, table.limit, live & (filled < bound))
-            if (again := solve(lower, cover, objective, gap)) is None:
+            if (again := solve(lower, cover, objective, gap, nodes)) is None:
                 break
             choice = again[0]
         while objective == "sum" and len(choice) and not (filled < 0).any():
@@ -79,7 +81,9 @@ def milp(
             used = np.flatnonzero(choice >= 0)
             in_hand = float(filled[used, choice[used]].sum())
             fewer = live & (filled <= in_hand)
-            again = solve(Table(filled, table.cost, table.limit, fewer), cover, objective, gap)
+            again = solve(
+                Table(filled, table.cost, table.limit, fewer), cover, objective, gap, nodes
+            )
             if fewer.sum() == live.sum() or again is None or again[1] > in_hand:
                 break
             live, (choice, bound) = fewer, again

@@ -25,6 +25,7 @@ from lamina.network.tensors import Tensors, named_tensors
 from lamina.network.trace import Flow, Op, trace
 
 NAMES = ("fold", "channels_last")
+STABLE = "stable "  # and a box: a network without the units that are stable there (`plan.stable`)
 FORMS = ("biased", "identity", "layout")
 LAYOUT = Edit("", "layout", {"channels_last": 1})
 
@@ -59,7 +60,8 @@ def rewrite(
 
     Args:
         network: with example inputs, for `fold`; unchanged.
-        names: what to do, of `"fold"` and `"channels_last"`.
+        names: what to do, of `"fold"` and `"channels_last"`; a plan may also name a lossless
+            structure, `"stable LOW,HIGH"`, with the other names around it as they were.
         folds: from `find_folds`, where they are known already.
 
     Raises:
@@ -75,6 +77,8 @@ def rewrite(
           (2): ReLU()
         )
     """
+    if any(name.startswith(STABLE) for name in names):
+        return _restructured(network, names)
     if unknown := [name for name in names if name not in NAMES]:
         raise PlanError("unknown rewriting", unknown[0], "", f"there are {', '.join(NAMES)}")
     pairs: tuple[tuple[str, str], ...] = ()
@@ -96,6 +100,30 @@ def rewrite(
     install(made.module, (*edits, *values, *last))
     chosen = tuple(name for name in NAMES if name in names)
     return Rewritten(made, chosen, tuple(edits), tuple(values), last, pairs)
+
+
+def compose(first: Rewritten, second: Rewritten) -> Rewritten:
+    """Return two rewritings in a row as one; the second is of the first one's network."""
+    late = {edit.path for edit in second.values}
+    values = (*(edit for edit in first.values if edit.path not in late), *second.values)
+    return Rewritten(
+        second.network, (*first.names, *second.names), (*first.edits, *second.edits), values,
+        (*first.last, *second.last), (*first.folds, *second.folds),
+    )  # fmt: skip
+
+
+def _restructured(network: Network, names: Sequence[str]) -> Rewritten:
+    """Find a plan's lossless structure again, and do what the plan says after it."""
+    from lamina.plan.stable import Box, find_structure
+
+    at = next(i for i, name in enumerate(names) if name.startswith(STABLE))
+    found = find_structure(network, Box.parse(names[at].removeprefix(STABLE))).rewritten
+    if found is None or found.names != tuple(names[: at + 1]):
+        raise PlanError(
+            "the plan's lossless structure was not found again", names[at], "", "plan again"
+        )
+    rest = tuple(names[at + 1 :])
+    return compose(found, rewrite(found.network, rest)) if rest else found
 
 
 def find_folds(network: Network) -> tuple[tuple[str, str], ...]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from lamina.errors import MethodError
+from lamina.recipes.collapse import LayerCollapse
 from lamina.recipes.deep_compression import DeepCompression
 from lamina.recipes.filters import Filters
 from lamina.recipes.followed import Followed
 from lamina.recipes.funnel import Funnel
+from lamina.recipes.fusion import LayerFusion
 from lamina.recipes.low_rank import LowRank
+from lamina.recipes.merge import LayerMerge
 from lamina.recipes.retraining import check_data
 from lamina.recipes.settings import Pruning
 from lamina.recipes.weightless import Weightless
@@ -24,6 +27,9 @@ __all__ = [
     "Filters",
     "Followed",
     "Funnel",
+    "LayerCollapse",
+    "LayerFusion",
+    "LayerMerge",
     "LowRank",
     "Pruning",
     "Weightless",
@@ -31,9 +37,28 @@ __all__ = [
     "recipe_named",
 ]
 
-Recipe = DeepCompression | Weightless | LowRank | Filters | Funnel
+Recipe = (
+    DeepCompression
+    | Weightless
+    | LowRank
+    | Filters
+    | Funnel
+    | LayerCollapse
+    | LayerFusion
+    | LayerMerge
+)
 RECIPES: dict[str, type[Recipe]] = {
-    r.name: r for r in (DeepCompression, Weightless, LowRank, Filters, Funnel)
+    r.name: r
+    for r in (
+        DeepCompression,
+        Weightless,
+        LowRank,
+        Filters,
+        Funnel,
+        LayerCollapse,
+        LayerFusion,
+        LayerMerge,
+    )
 }
 
 

@@ -17,23 +17,15 @@ from lamina._version import __version__
 from lamina.artifact import Package
 from lamina.data import Data
 from lamina.errors import BudgetError
-from lamina.forms import Edit
-from lamina.methods.base import registry, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan
-from lamina.plan.chains import refusals
 from lamina.plan.curves import prices, report_curves
-from lamina.plan.rewrite import FORMS as REWRITING
-from lamina.report.compare import (
-    FEWEST,
-    SITES,
-    affordable,
-    measure_latency,
-    measure_quality,
-    site_errors,
-    take_reference,
-)
+from lamina.report.compare import measure_latency, measure_quality
+from lamina.report.measured import measure_errors
+from lamina.report.owners import ledger_of, owner, owners_of, refused_by, site_rows, spans_of
+
+__all__ = ["collect", "ledger_of", "machine", "owner", "owners_of"]
 
 POINTS = 400  # of the rate-distortion curve that are kept
 
@@ -77,7 +69,8 @@ def collect(
     Raises:
         DataError: the metric cannot be measured.
     """
-    owners = owners_of(sites, final.edits)
+    spans = spans_of(plan, sites)
+    owners = owners_of(sites, final.edits, spans)
     ledger = ledger_of(package, owners)
     assert sum(row["bytes"] for row in ledger) == file_bytes, "the ledger must add up to the file"
     notes: list[str] = []
@@ -86,7 +79,9 @@ def collect(
     if latency is None:
         notes.append(f"latency was not measured: {why}")
     base = base or network
-    errors, applied, measured = _errors(network, base, data, sites, plan, edited, final, notes)
+    errors, applied, measured = measure_errors(
+        network, base, data, sites, plan, edited, final, notes
+    )
     limits, met = _budget(plan, limit, file_bytes, quality, latency, notes)
     return {
         "lamina": __version__,
@@ -98,6 +93,7 @@ def collect(
             "source": network.source,
             "digest": plan.network,
             "params": plan.original.params,
+            "params_after": sum(p.numel() for p in final.model.parameters()),  # a tied one once
             "macs": plan.original.macs,
             "bytes": plan.original.bits / 8,
         },
@@ -115,7 +111,7 @@ def collect(
             "ratio": plan.original.bits / 8 / max(1, file_bytes),
         },
         "ledger": ledger,
-        "sites": [_site(base, s, plan, ledger, errors) for s in sites.layers],
+        "sites": site_rows(base, sites, plan, ledger, errors),
         "refusals": [{"where": r.where, "what": r.what, "why": r.why} for r in sites.refusals],
         "quality": quality,
         "error": {
@@ -133,7 +129,7 @@ def collect(
         "rounds": [],
         "curves": report_curves(candidates or {}, plan),
         "prices": prices(candidates, plan) if candidates else {},
-        "seconds": _seconds(candidates or {}, plan),
+        "seconds": _seconds(candidates or {}, plan, spans),
         "recovery": None
         if history is None
         else {
@@ -142,11 +138,13 @@ def collect(
             "history": [dict(row) for row in history],
         },
         "stages": [],
-        "notes": notes + _refused(sites),
+        "notes": notes + refused_by(sites),
     }
 
 
-def _seconds(candidates: Candidates, plan: Plan) -> dict[str, Any] | None:
+def _seconds(
+    candidates: Candidates, plan: Plan, spans: Sequence[Site] = ()
+) -> dict[str, Any] | None:
     """Return the measured latency of each layer before and as planned; None if none was timed."""
     if not plan.original.seconds:
         return None
@@ -154,58 +152,15 @@ def _seconds(candidates: Candidates, plan: Plan) -> dict[str, Any] | None:
         name: max((c.cost.seconds for c in offers), default=0.0)
         for name, offers in candidates.items()
     }
+    before |= {span.name: sum(before.get(m, 0.0) for m in span.members) for span in spans}
+    over = {span.name for span in spans}
     sites = {
-        name: {"before": before[name], "after": decided.cost.seconds}
+        name: {"before": before.get(name, 0.0), "after": decided.cost.seconds}
         for name, decided in plan.sites.items()
-        if before.get(name)
+        if before.get(name) or name in over
     }
     whole = {"original": plan.original.seconds, "predicted": plan.predicted.seconds}
     return {**whole, "sites": sites}
-
-
-def owners_of(sites: Sites, edits: Sequence[Edit]) -> dict[str, str]:
-    """Return which site owns a name: tensors by their names, replaced modules by `path.`.
-
-    Example:
-        >>> site = Site("fc", module="fc", weight="fc.weight", bias="fc.bias")
-        >>> owners_of(Sites((site,)), [Edit("fc", "low_rank")])
-        {'fc.weight': 'fc', 'fc.bias': 'fc', 'fc.': 'fc'}
-    """
-    owners: dict[str, str] = {}
-    replaced = {e.path for e in edits if e.form != "values"}
-    for site in sites.layers:
-        for name in (site.weight, site.bias, *site.aliases):
-            if name:
-                owners.setdefault(name, site.name)
-        if site.module in replaced:
-            owners.setdefault(f"{site.module}.", site.name)
-    return owners
-
-
-def owner(name: str, owners: Mapping[str, str]) -> str | None:
-    """Return the site a tensor (or a module inside a site) belongs to, or None."""
-    if name in owners:
-        return owners[name]
-    parts = name.split(".")
-    prefixes = (".".join(parts[:i]) + "." for i in range(len(parts), 0, -1))
-    return next((owners[p] for p in prefixes if p in owners), None)
-
-
-def ledger_of(package: Package, owners: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the parts of the file: name, site, bytes, form of values and codec."""
-    rows: list[dict[str, Any]] = []
-    for part, size in package.ledger.items():
-        record = package.records.get(part)
-        rows.append(
-            {
-                "part": part,
-                "site": None if record is None else owner(part, owners),
-                "bytes": size,
-                "form": None if record is None else record.form,
-                "codec": package.codecs.get(part),
-            }
-        )
-    return rows
 
 
 def machine() -> dict[str, Any]:
@@ -228,81 +183,6 @@ def _cpu() -> str:
         except OSError:
             pass
     return platform.processor() or platform.machine()
-
-
-def _site(
-    network: Network,
-    site: Site,
-    plan: Plan,
-    ledger: Sequence[Mapping[str, Any]],
-    errors: Mapping[str, float],
-) -> dict[str, Any]:
-    weights = weights_of(network, site).values()
-    params = sum(t.numel() for t in weights)
-    size = sum(t.numel() * t.element_size() for t in weights)
-    decided = plan.sites.get(site.name)
-    return {
-        "site": site.name,
-        "op": site.op,
-        "shape": list(site.shape),
-        "chain": decided.describe() if decided else "keep()",
-        "params_before": params,
-        "params_after": decided.cost.params if decided else params,
-        "macs_before": site.macs,
-        "macs_after": decided.cost.macs if decided else site.macs,
-        "bytes_before": size,
-        "bytes_planned": decided.cost.bits / 8 if decided else size,
-        "bytes_file": sum(row["bytes"] for row in ledger if row["site"] == site.name),
-        "error_predicted": decided.error if decided else 0.0,
-        "error_measured": errors.get(site.name),
-    }
-
-
-def _errors(
-    network: Network,
-    base: Network,
-    data: Data | None,
-    sites: Sites,
-    plan: Plan,
-    edited: Edited,
-    final: Edited,
-    notes: list[str],
-) -> tuple[dict[str, float], float | None, float | None]:
-    """Return measured errors: of each site alone, after the plan, and after recovery."""
-    loader = None
-    if data is not None:
-        loader = data.calibration if data.calibration is not None else data.validation
-    if loader is None:
-        notes.append("errors were not measured: there is no data")
-        return {}, None, None
-    count = len(sites.layers)
-    each = affordable(plan.original.macs, count + 3)
-    apart = count <= SITES and each >= FEWEST
-    if not apart:
-        why = f"there are {count} layers" if count > SITES else "the network is large"
-        notes.append(f"errors were not measured layer by layer: {why}")
-        each = max(FEWEST, affordable(plan.original.macs, 3))
-    reference = take_reference(network, loader, each)
-    owners = owners_of(sites, edited.edits)
-    own = {
-        site.name: tuple(
-            e for e in edited.edits
-            if owner(_inside(e), owners) == site.name and e.form not in REWRITING
-        )
-        for site in sites.layers
-    }  # fmt: skip
-    if any(e.form == "narrow" for e in edited.edits):
-        notes.append("errors were not measured layer by layer: layers share the channels that went")
-        apart = False
-    errors = site_errors(base, own, reference) if apart else {}
-    applied = reference.error(edited.model)
-    measured = applied if final is edited else reference.error(final.model)
-    return errors, applied, measured
-
-
-def _inside(edit: Edit) -> str:
-    """Return the name by which an edit's owner is looked up."""
-    return edit.path if edit.form == "values" else f"{edit.path}."
 
 
 def _budget(
@@ -351,18 +231,6 @@ def _text(plan: Plan) -> str:
         return Budget.from_json(plan.budget).describe()
     except BudgetError:
         return "as planned"
-
-
-def _refused(sites: Sites) -> list[str]:
-    """Return one note per method that cannot serve some layers."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for site, method, why in refusals(sites, list(registry().values())):
-        found.setdefault(method, []).append((site, why))
-    count = len(sites.layers)
-    return [
-        f"{method} does not serve {len(rows)} of {count} layers (first {rows[0][0]}: {rows[0][1]})"
-        for method, rows in sorted(found.items())
-    ]
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

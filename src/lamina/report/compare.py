@@ -117,6 +117,7 @@ def installed(root: nn.Module, edits: Iterable[Edit]) -> Iterator[None]:
     """Put edits into a network, and take them out again."""
     edits = tuple(edits)
     modules: list[tuple[str, nn.Module]] = []
+    held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
     kept: list[tuple[Tensor, Tensor]] = []
     for edit in edits:
         try:
@@ -124,6 +125,7 @@ def installed(root: nn.Module, edits: Iterable[Edit]) -> Iterator[None]:
                 found = [find_tensor(root, edit.path)]
             else:  # a form may take the tensors of the module it replaces with it
                 modules.append((edit.path, root.get_submodule(edit.path)))
+                held.append((modules[-1][1], dict(modules[-1][1]._parameters)))  # a tie changes it
                 found = list(modules[-1][1].state_dict(keep_vars=True).values())
         except (FileError, AttributeError):  # it lies inside a module that an earlier edit puts in
             continue
@@ -135,6 +137,8 @@ def installed(root: nn.Module, edits: Iterable[Edit]) -> Iterator[None]:
         for path, module in reversed(modules):
             parent, _, leaf = path.rpartition(".")
             setattr(root.get_submodule(parent), leaf, module)
+        for module, parameters in reversed(held):
+            module._parameters.update(parameters)
         with torch.no_grad():
             for tensor, before in kept:
                 tensor.copy_(before)

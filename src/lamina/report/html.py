@@ -10,6 +10,7 @@ from typing import Any
 from lamina.report import formats as f
 from lamina.report.charts import Axis, Point, bar, plot, span
 from lamina.report.layers import layer_curves
+from lamina.report.section import own_rows
 from lamina.report.sections import Facts, sections, speed, verdict
 
 COLOURS = 9  # of layers in the bar; the smaller ones share one
@@ -100,14 +101,15 @@ def ledger_bar(facts: Facts) -> dict[str, Any]:
     """Return where the bytes are, before and in the file: two bars and their legend."""
     from markupsafe import Markup
 
-    order = sorted(facts["sites"], key=lambda s: -max(_shares(facts, s)))
+    sites = own_rows(facts)
+    order = sorted(sites, key=lambda s: -max(_shares(facts, s)))
     big = {s["site"]: f"c{i}" for i, s in enumerate(order[:COLOURS])}
     rows: dict[str, dict[str, Any]] = {}
-    for site in facts["sites"]:
+    for site in sites:
         kind = big.get(site["site"], "small")
         name = site["site"] if kind != "small" else f"{len(order) - COLOURS} smaller layers"
         _add(rows, kind, name, site["bytes_before"], site["bytes_file"])
-    before = facts["size"]["original"] - sum(s["bytes_before"] for s in facts["sites"])
+    before = facts["size"]["original"] - sum(s["bytes_before"] for s in sites)
     tensors = sum(r["bytes"] for r in facts["ledger"] if r["form"] and r["site"] is None)
     if before > 0 or tensors:
         _add(rows, "rest", "outside layers", max(0, before), tensors)

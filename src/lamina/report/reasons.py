@@ -182,7 +182,7 @@ def latency(facts: Facts) -> Section | None:
 
 
 def _faster(before: float, after: float) -> str:
-    if not before or not after or 0.97 <= before / after <= 1.03:
+    if not before or after <= 0 or 0.97 <= before / after <= 1.03:
         return ""
     ratio = before / after
     return f"{f.ratio(ratio)} faster" if ratio > 1 else f"{f.ratio(1 / ratio)} slower"

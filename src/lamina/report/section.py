@@ -30,3 +30,8 @@ class Section:
     rows: tuple[tuple[str, ...], ...]
     total: tuple[str, ...] = ()
     note: str = ""
+
+
+def own_rows(facts: Facts) -> list[Mapping[str, Any]]:
+    """Return the rows of layers and spans that can be summed up: without the layers of spans."""
+    return [site for site in facts["sites"] if "span" not in site]

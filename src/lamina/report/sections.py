@@ -7,7 +7,7 @@ from typing import Any
 
 from lamina.report import formats as f
 from lamina.report.reasons import choices, latency, rounds
-from lamina.report.section import Facts, Section
+from lamina.report.section import Facts, Section, own_rows
 
 __all__ = ["Facts", "Section", "sections", "speed", "verdict"]
 
@@ -77,8 +77,12 @@ def got(facts: Facts) -> Section:
         ),
         ("  to the byte", f.exact(size["original"]), f.exact(size["file"]), verdict(facts)),
     ]
-    before = sum(site["macs_before"] for site in facts["sites"])
-    after = sum(site["macs_after"] for site in facts["sites"])
+    if (after := facts["network"].get("params_after")) is not None:
+        whole = facts["network"]["params"]
+        rows.append(("parameters", f.count(whole), f.count(after), _times(whole, after)))
+    sites = own_rows(facts)
+    before = sum(site["macs_before"] for site in sites)
+    after = sum(site["macs_after"] for site in sites)
     rows.append(("multiply-accumulates", f.count(before), f.count(after), _times(before, after)))
     unit = quality["unit"]
     for split in ("test", "validation"):
@@ -156,13 +160,8 @@ def speed(ratio: float | None) -> str:
 
 def layers(facts: Facts) -> Section:
     """Every layer: before, after, by which chain, predicted and measured error."""
-    rows = tuple(
-        (site["site"], f"{site['op']} {f.shape(site['shape'])}", f.size(site["bytes_before"]),
-         f.size(site["bytes_planned"]), f.size(site["bytes_file"]), site["chain"],
-         f.number(site["error_predicted"]), f.number(site["error_measured"]))
-        for site in facts["sites"]
-    )  # fmt: skip
-    totals = [sum(site[k] for site in facts["sites"]) for k in
+    rows = tuple(_layer(site) for site in facts["sites"])
+    totals = [sum(site[k] for site in own_rows(facts)) for k in
               ("bytes_before", "bytes_planned", "bytes_file")]  # fmt: skip
     note = (
         "Errors are in nats per sample: what the chain of one layer alone costs, predicted before "
@@ -181,6 +180,17 @@ def layers(facts: Facts) -> Section:
         ("all layers", "", *(f.size(t) for t in totals), "", "", "") if len(rows) > 1 else (),
         note + ".",
     )
+
+
+def _layer(site: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the row of a layer or a span; a layer that is in a span says so, and what it was."""
+    shape = str(site.get("holds") or "") or f"{site['op']} {f.shape(site['shape'])}"
+    if "span" in site:
+        return (f"  {site['site']}", shape, f.size(site["bytes_before"]), "", "", site["chain"],
+                "", "")  # fmt: skip
+    sizes = (f.size(site[k]) for k in ("bytes_before", "bytes_planned", "bytes_file"))
+    errors = (f.number(site[k]) for k in ("error_predicted", "error_measured"))
+    return (site["site"], shape, *sizes, site["chain"], *errors)
 
 
 def ledger(facts: Facts) -> Section:

@@ -185,7 +185,8 @@ class _Training:
 
     def _pack(self, values: Mapping[str, Values]) -> bytes:
         edits = self._edits(values)
-        return pack(self.student, tuple(edits), self.edited.network.source, self.chains)
+        network = self.edited.network
+        return pack(self.student, (*network.edits, *edits), network.source, self.chains)
 
     def _edits(self, values: Mapping[str, Values]) -> list[Edit]:
         """Return all edits, with these values in place of what was held."""

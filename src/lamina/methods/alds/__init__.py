@@ -41,7 +41,7 @@ import torch
 
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 from lamina.measure.certificates import bound_paper, bound_rss, score_repo, unfolded_bound
 from lamina.measure.low_rank import damp, fold_basis, losses_of_ranks
 from lamina.measure.schemes import Scheme, distinct_schemes, fold
@@ -57,7 +57,7 @@ from lamina.methods.base import (
     Stage,
     Step,
     Weights,
-    weights_of,
+    apply_leaves,
 )
 from lamina.network.sites import STRUCTURAL, Site, as_matrix
 from lamina.network.source import Network
@@ -279,15 +279,7 @@ class Alds:
             SiteError: the site cannot be served.
             MethodError: the settings do not fit the layer.
         """
-        site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        leaves = self.leave(site, weights_of(network, site), stats, choice.settings)
-        edits = list(self.structure(site, choice.settings))
-        for leaf in leaves:
-            names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
-            edits += [Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()]
-        return edits
+        return apply_leaves(self, network, choice, stats)
 
 
 def rank_grid(rows: int, columns: int, folds: int) -> list[int]:

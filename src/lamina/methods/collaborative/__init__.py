@@ -39,7 +39,7 @@ import torch
 
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 from lamina.measure.low_rank import damp
 from lamina.measure.stats import Cost, LayerStats
 from lamina.methods.base import (
@@ -50,7 +50,7 @@ from lamina.methods.base import (
     Stage,
     Step,
     Weights,
-    weights_of,
+    apply_leaves,
 )
 from lamina.methods.collaborative.problem import Problem
 from lamina.network.sites import STRUCTURAL, Site, as_matrix
@@ -182,16 +182,9 @@ class Collaborative:
             MethodError: the settings do not fit the layer.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        kept, _ = _read(site, choice.settings)
-        leaves = self.leave(site, weights_of(network, site), stats, choice.settings)
-        edits = list(self.structure(site, choice.settings))
-        edits.append(Edit(f"{site.module}.0.index", "values", values=Plain(torch.tensor(kept))))
-        for leaf in leaves:
-            names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
-            edits += [Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()]
-        return edits
+        kept = () if self.refuse(site) else _read(site, choice.settings)[0]
+        index = {f"{site.module}.0.index": torch.tensor(kept)}
+        return apply_leaves(self, network, choice, stats, index)
 
 
 # --- its parts -----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ import torch
 
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 from lamina.measure.stats import Cost, LayerStats
 from lamina.measure.tucker import decompose, errors_of_ranks
 from lamina.methods.base import (
@@ -51,7 +51,7 @@ from lamina.methods.base import (
     Stage,
     Step,
     Weights,
-    weights_of,
+    apply_leaves,
 )
 from lamina.methods.tucker.leaves import input_positions, leaf_sites, leaf_stats
 from lamina.network.sites import Site
@@ -168,15 +168,7 @@ class Tucker:
             SiteError: the site cannot be served.
             MethodError: the settings do not fit the layer.
         """
-        site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        leaves = self.leave(site, weights_of(network, site), stats, choice.settings)
-        edits = list(self.structure(site, choice.settings))
-        for leaf in leaves:
-            names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
-            edits += [Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()]
-        return edits
+        return apply_leaves(self, network, choice, stats)
 
 
 # --- sizes ---------------------------------------------------------------------------------------

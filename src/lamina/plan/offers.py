@@ -1,0 +1,46 @@
+"""Proposing: what every method offers, for single layers and for spans of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lamina.measure.stats import Stats
+from lamina.methods.base import Candidate, Stage
+from lamina.network.sites import Sites
+from lamina.network.source import Network
+from lamina.plan.chains import Progress, choose_methods, choose_spanning, propose_layers
+from lamina.plan.spans import find_spans, propose_spans
+
+
+def propose(
+    network: Network,
+    sites: Sites,
+    stats: Stats,
+    methods: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    bytes_count: bool = True,
+) -> dict[str, tuple[Candidate, ...]]:
+    """Ask every method for its offers, and chain them through the stages.
+
+    Args:
+        network: the network, which is only read.
+        sites: from `discover`.
+        stats: from `measure`; data-free if `stats.samples == 0`.
+        methods: names of the methods to ask; default: all. `keep` is always asked.
+        progress: called with (sites done, sites in all, site name).
+        bytes_count: whether the budget limits bytes. Where it does not, methods that only change
+            how values are stored have nothing to offer but error, and are not asked.
+
+    Returns:
+        Per site name its Pareto candidates, sorted by falling cost in bits: of every layer, then of
+        every span (a chain, a family) that a method has an offer for.
+
+    Raises:
+        MethodError: an unknown method.
+    """
+    asked = choose_methods(methods)
+    if not bytes_count:
+        asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES]
+    found = propose_layers(network, sites, stats, asked, progress)
+    spans = find_spans(sites, choose_spanning(methods))
+    return found | propose_spans(network, sites, stats, asked, spans, progress)
