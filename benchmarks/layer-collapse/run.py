@@ -5,11 +5,12 @@
     python benchmarks/layer-collapse/run.py errors --data DATA --weights vit-tiny.safetensors
 
 One run goes through k = 1 .. n collapsed blocks: first those whose collapse is predicted to cost
-least (`--order last`: from the last). For every k the activation of one more block is pulled to the
-identity while the network is trained for `--epochs`, and the network is measured with the blocks as
-blends and with the blocks collapsed; then training goes on.
+least (`--order last`: from the last). For every k the activations of these blocks are pulled to
+lines (`--identity`: to the identity) while the network is trained for `--epochs`, and the network
+is measured with the blocks as blends and with the blocks collapsed; then training goes on.
 `--control` is the same training, step for step, batch for batch, without any pull. `--direct` is
-least squares alone: the blocks of the original, collapsed without any training. Bars: a third of
+least squares alone: the blocks of the original, collapsed without any training; `--tuned` the same,
+and then the training of the control. Bars: a third of
 the blocks costs at most one point (`vit-tiny`) or 5 % of the perplexity (`gpt-tiny`) against the
 control; of `vgg11-bn` at least 70 % of all parameters at half a point, for which the two blocks of
 the classifier are collapsed and nothing is trained at all.
@@ -49,7 +50,14 @@ from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan.apply import copy_module
 from lamina.plan.spans import parts_of
-from lamina.recipes.blocks import ORDERS, collapse_runs, find_blocks, join_blocks, order_blocks
+from lamina.recipes.blocks import (
+    ORDERS,
+    collapse_runs,
+    find_blocks,
+    join_blocks,
+    lines_of,
+    order_blocks,
+)
 from lamina.recipes.retraining import LaterEpochs
 from lamina.train.slope import Pull, put_blends
 from lamina.train.straighten import Straightening, straighten
@@ -63,8 +71,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlp-mixer-tiny": {"epochs": 1.0, "lr": 1e-3, "decay": 0.05, "distill": 0.5, "batch": 128,
                        "steps": [2, 4, 6, 8, 10, 12], "metric": "accuracy", "shift": 2,
                        "mirror": 1},
-    "gpt-tiny": {"epochs": 0.25, "lr": 1e-3, "decay": 0.1, "distill": 0.0, "batch": 16,
-                 "steps": [1, 2, 3, 4, 6, 8], "metric": "perplexity", "half": True},
+    "gpt-tiny": {"epochs": 0.5, "lr": 3e-4, "decay": 0.1, "distill": 0.5, "batch": 16,
+                 "steps": [3, 8], "metric": "perplexity", "half": True},
     "vgg11-bn": {"epochs": 3.0, "lr": 5e-4, "decay": 5e-4, "distill": 0.7, "batch": 128,
                  "steps": [1, 2], "metric": "accuracy", "shift": 4, "mirror": 1, "half": True},
 }  # fmt: skip
@@ -109,8 +117,9 @@ def walk(given: argparse.Namespace) -> None:
     found = find_blocks(network, sites)
     stats = calibrate(network, sites, data, samples=SAMPLES, seed=seed, probe=False)
     blocks = order_blocks(network, sites, stats, found, given.order)
-    role = "control" if given.control else "direct" if given.direct else "collapse"
+    role = next((r for r in ("control", "direct", "tuned") if getattr(given, r)), "collapse")
     role = role if given.order == "loss" or given.control else f"{role} from the last"
+    role = f"{role} to the identity" if given.identity else role
     tag = f"{name}-{role}-{seed}".replace(" ", "-")
     given.work.mkdir(parents=True, exist_ok=True)
     saved, file = given.work / f"{tag}.pt", given.output / f"{name}.json"
@@ -121,10 +130,11 @@ def walk(given: argparse.Namespace) -> None:
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         module, first, rows = copy_module(module), state["k"] + 1, state["rows"]
-        blends = put_blends(module, _paths(blocks, state["k"]) if "collapse" in role else [])
-        module.load_state_dict(state["module"])
-        for blend in blends.values():
-            blend.snap()
+        if not given.tuned:  # there every k starts from the original
+            blends = put_blends(module, _paths(blocks, state["k"]) if "collapse" in role else [])
+            module.load_state_dict(state["module"])
+            for blend in blends.values():
+                blend.snap()
     else:
         rows = [{"k": 0, "before": measure(module, data, metric),
                  "params": measured_params(module)}]  # fmt: skip
@@ -136,17 +146,28 @@ def walk(given: argparse.Namespace) -> None:
         start = time.perf_counter()
         part = replace(data, train=LaterEpochs(data.train, EPOCHS_APART * (k + 100 * seed)))
         row: dict[str, Any] = {"k": k}
+        if given.tuned:
+            runs = join_blocks(sites, blocks[:k])
+            module = collapse_runs(
+                network, network.module, sites, runs, data, samples=SAMPLES
+            ).model
         if epochs:
-            paths = [] if given.control else _paths(blocks, k)
-            result = straighten(network, module, paths, part, training(name, seed + k, epochs))
+            paths = [] if given.control or given.tuned else _paths(blocks, k)
+            lines = {} if given.identity else lines_of(network, sites, stats, blocks)
+            result = straighten(
+                network, module, paths, part, training(name, seed + k, epochs), lines=lines
+            )
             module = result.module
             row["bends"] = {p: round(b, 4) for p, b in result.bends.items()}
-            splits = data if given.control else replace(data, test=None)
-            row["trained"] = measure(module, splits, metric)
+            if not given.tuned:
+                splits = data if given.control else replace(data, test=None)
+                row["trained"] = measure(module, splits, metric)
         seconds = time.perf_counter() - start
         if not given.control:
             runs = join_blocks(sites, blocks[:k])
-            small = collapse_runs(network, module, sites, runs, data, samples=SAMPLES).model
+            small = module
+            if not given.tuned:
+                small = collapse_runs(network, module, sites, runs, data, samples=SAMPLES).model
             row["collapsed"] = measure(small, data, metric)
             row["params"] = measured_params(small)
             row["macs"] = measured_macs(small, network.example_inputs)
@@ -254,6 +275,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="what lamina.data.load reads")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--control", action="store_true", help="train without collapsing")
+    parser.add_argument("--tuned", action="store_true", help="collapse first, and train then")
+    parser.add_argument("--identity", action="store_true", help="pull to it, not to lines")
     parser.add_argument("--order", choices=ORDERS, default="loss", help="of the blocks")
     parser.add_argument("--direct", action="store_true", help="collapse without training")
     parser.add_argument("--seed", type=int, default=0)

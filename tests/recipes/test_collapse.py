@@ -27,6 +27,7 @@ from lamina.recipes.blocks import (
     collapse_runs,
     find_blocks,
     join_blocks,
+    lines_of,
     order_blocks,
     saved,
 )
@@ -152,6 +153,51 @@ def test_what_bends_is_absorbed_by_least_squares() -> None:
     without = collapse_runs(network, module, sites, join_blocks(sites, blocks), None)
     with torch.no_grad():  # no moments, and a blend is none of the activations a model knows
         assert float((without.model(x) - module(x)).norm()) == errors["slope"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "before", "after", "both", "conv"])
+def test_lines_are_what_each_unit_does_on_average(kind: str) -> None:
+    """By brute force on what really goes in and out; then a snapped blend is that line."""
+    torch.manual_seed(0)
+    conv = kind == "conv"
+    layers: list[nn.Module] = [nn.Conv2d(5, 12, 1) if conv else nn.Linear(5, 12)]
+    norms = [nn.BatchNorm2d(12) if conv else nn.BatchNorm1d(12) for _ in range(2)]
+    for norm in norms:
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            assert tensor is not None
+            tensor.data.uniform_(0.5, 1.5)
+    layers += norms[:1] if kind in ("before", "both", "conv") else []
+    layers.append(nn.GELU())
+    layers += norms[1:] if kind in ("after", "both") else []
+    layers += [nn.Dropout(0.3), nn.Conv2d(12, 3, 1) if conv else nn.Linear(12, 3)]
+    module = nn.Sequential(*layers).double().eval()
+    x = torch.randn((60, 5, 3, 2) if conv else (400, 5), dtype=torch.float64)
+    network = Network(module, (x[:2],), loss="features")
+    sites = discover(network)
+    blocks = find_blocks(network, sites)
+    stats = calibrate(network, sites, [x], samples=len(x), probe=False)
+    ((path, line),) = lines_of(network, sites, stats, blocks).items()
+    given = module[: int(path)](x)
+    out = module[int(path)](given)
+    if conv:
+        given, out = (t.movedim(1, -1).flatten(0, -2) for t in (given, out))
+    with torch.no_grad():
+        for i in range(12):
+            points = torch.stack([given[:, i], torch.ones(len(given)).double()], 1)
+            slope, offset = torch.linalg.lstsq(points, out[:, i : i + 1]).solution.flatten()
+            assert float(line.scale[i]) == pytest.approx(float(slope), rel=1e-5, abs=1e-7)
+            assert float(line.shift[i]) == pytest.approx(float(offset), rel=1e-5, abs=1e-7)
+    blended = copy_module(module)
+    blend = put_blends(blended, [path], {path: line})[path]
+    assert torch.equal(blended(x), module(x)), "it still starts as the function it was"
+    blend.snap()
+    small = collapse_runs(network, blended, sites, join_blocks(sites, blocks), None)
+    torch.testing.assert_close(small.model(x), blended(x), rtol=1e-5, atol=1e-5)
+    plain = copy_module(module)
+    put_blends(plain, [path])[path].snap()
+    with torch.no_grad():
+        errors = [(m(x) - module(x)).norm() for m in (blended, plain)]
+    assert errors[0] < 0.7 * errors[1], "the identity is further away"
 
 
 # --- the recipe ----------------------------------------------------------------------------------

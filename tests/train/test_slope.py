@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lamina.errors import MethodError
-from lamina.train.slope import Blend, Pull, bends, penalty, pull, put_blends, snap
+from lamina.train.slope import Blend, Line, Pull, bends, penalty, pull, put_blends, snap
 
 ACTIVATIONS = {
     "relu": nn.ReLU, "gelu": nn.GELU, "tanh gelu": lambda: nn.GELU("tanh"), "silu": nn.SiLU,
@@ -73,6 +73,23 @@ def test_putting_blends_in_changes_no_output() -> None:
     assert not torch.equal(net(x), before)
     with pytest.raises(AttributeError):
         put_blends(net, ["nowhere"])
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_it_can_go_to_a_line_for_each_unit(axis: int) -> None:
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1))
+    units = x.shape[axis]
+    line = Line(torch.linspace(0.1, 0.9, units), torch.linspace(-1, 1, units), axis)
+    shape = (1, 4, 1) if axis == 1 else (1, 1, 5)
+    expected = x * line.scale.view(shape) + line.shift.view(shape)
+    act = nn.GELU()
+    assert torch.equal(Blend(act, 0.0, line)(x), act(x))
+    assert torch.equal(Blend(act, 1.0, line)(x), expected)
+    torch.testing.assert_close(Blend(act, 0.25, line)(x), 0.75 * act(x) + 0.25 * expected)
+    net = nn.Sequential(nn.Linear(5, 5), nn.GELU())
+    blend = put_blends(net, ["1"], {"1": line})["1"]
+    assert blend.scale is not None and torch.equal(blend.scale, line.scale)
+    assert {name for name, _ in blend.named_parameters()} == {"linearity"}
 
 
 # --- the pull ------------------------------------------------------------------------------------

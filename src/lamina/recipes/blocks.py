@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lamina.data import Data
@@ -13,17 +14,18 @@ from lamina.errors import MethodError
 from lamina.forms import Edit, Plain, install
 from lamina.measure.calibrate import calibrate
 from lamina.measure.stats import Stats
-from lamina.methods.base import Choice
+from lamina.methods.base import Choice, Parts, Passage
 from lamina.methods.layer_collapse import fits_of
 from lamina.methods.layer_collapse import method as collapse
-from lamina.methods.layer_collapse.merging import merge
+from lamina.methods.layer_collapse.maps import fit_units, joint_of
+from lamina.methods.layer_collapse.merging import map_of, merge
 from lamina.methods.layer_collapse.places import activations_of, params, why_not_link
 from lamina.network.sites import Site, Sites, cut
 from lamina.network.source import Network
 from lamina.plan import Edited
 from lamina.plan.apply import copy_module, settle
 from lamina.plan.spans import parts_of
-from lamina.train.slope import Blend
+from lamina.train.slope import Blend, Line
 
 ORDERS = ("last", "loss")
 
@@ -76,6 +78,47 @@ def order_blocks(
         known = fits_of(parts)
         errors[block.name] = merge(parts, known[-1]).error if known else math.inf
     return sorted(blocks, key=lambda block: errors[block.name])
+
+
+def lines_of(
+    network: Network, sites: Sites, stats: Stats, blocks: Iterable[Site]
+) -> dict[str, Line]:
+    """Return what each unit of each block's activation does on average, by path of the activation.
+
+    By least squares from calibration moments. What lies between the layers is taken apart: the line
+    is that of the activation alone, without the BatchNorms before and after it.
+
+    Args:
+        network, sites, stats: what was measured.
+        blocks: pairs of layers; those without moments, or with several activations, are left out.
+    """
+    found = {}
+    for block in blocks:
+        parts, paths = parts_of(network, sites, stats, block), activations_of(block)
+        cross, seen = parts.cross[0], parts.members[0].stats
+        if len(paths) != 1 or cross is None or seen is None:
+            continue
+        first, joint = map_of(parts.members[0]), joint_of(cross, max(1, seen.samples))
+        whole = fit_units(first, joint).map  # z = a h + b for every unit
+        own = (first.weight * first.weight).sum(1).clamp_min(1e-300)
+        a = (whole.weight * first.weight).sum(1) / own
+        b = whole.bias - a * first.bias
+        sides = [torch.ones_like(a), torch.zeros_like(a), torch.ones_like(a), torch.zeros_like(a)]
+        at = 0  # u = p h + q goes into the activation, z = r v + w comes of what it gives
+        for passage in parts.passages[0]:
+            if passage.module == paths[0]:
+                at = 2
+            elif passage.op == "batch_norm":
+                scale, shift = (passage.tensors[k].to(a) for k in ("scale", "shift"))
+                sides[at], sides[at + 1] = scale * sides[at], scale * sides[at + 1] + shift
+        p, q, r, w = sides
+        known = (p * r).abs() > 1e-12
+        p, r = p.where(known, torch.ones_like(p)), r.where(known, torch.ones_like(r))
+        scale = (a / (p * r)).where(known, torch.zeros_like(a))
+        shift = ((b - w) / r - scale * q).where(known, torch.zeros_like(a))
+        axis = -1 if parts.members[0].site.op == "linear" else 1
+        found[paths[0]] = Line(scale, shift, axis)
+    return found
 
 
 def join_blocks(sites: Sites, blocks: Iterable[Site]) -> list[Site]:
@@ -153,7 +196,7 @@ def collapse_runs(
             stats = calibrate(
                 network, part, data, samples=samples, seed=seed, probe=False
             )  # fmt: skip
-        parts = parts_of(network, sites, stats, run)
+        parts = _with_lines(parts_of(network, sites, stats, run), network.module)
         if not straight:
             # No model by the activation's name knows how far its blend has gone.
             guessed = any(isinstance(b, Blend) for b in blends) and None in parts.cross
@@ -170,3 +213,19 @@ def collapse_runs(
         if name not in fixed
     ]
     return Edited(network, tuple(settle(edits)))
+
+
+def _with_lines(parts: Parts, module: nn.Module) -> Parts:
+    """Return parts in which a blend that has reached its line is that line: scale and shift."""
+    passages = []
+    for between in parts.passages:
+        now = []
+        for passage in between:
+            blend = module.get_submodule(passage.module)
+            if isinstance(blend, Blend) and blend.bend == 0 and blend.scale is not None:
+                assert blend.shift is not None
+                tensors = {"scale": blend.scale, "shift": blend.shift}
+                passage = Passage("batch_norm", passage.module, tensors)
+            now.append(passage)
+        passages.append(tuple(now))
+    return replace(parts, passages=tuple(passages))

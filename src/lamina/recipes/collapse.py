@@ -1,15 +1,16 @@
 """layer-collapse: MLP blocks are trained until they are linear, and become one layer each.
 
 **What.** In some blocks of the network, say the last, the activation between two layers is made
-a blend of itself and the identity that starts as the function it was, and is pulled to the identity
-while the network is trained, block after block. Then every block is one layer: exactly, where its
-blend reached the identity; by least squares on calibration data, which absorbs what still bends,
-where it did not.
+a blend of itself and a line that starts as the function it was, and is pulled to the line while the
+network is trained, block after block. Then every block is one layer: exactly, where its blend
+reached the line; by least squares on calibration data, which absorbs what still bends, where not.
 
 **Where it departs from the paper.** There a PReLU takes the place of any activation, which for GELU
-changes the network at once; ours starts exactly. What is not linear in the end is not multiplied
-out as if it were. Blocks are counted as blocks. A block that is snapped to the identity is trained
-on before it is collapsed, in its wide form, and afterwards, where there are epochs for it.
+changes the network at once; ours starts exactly. There it goes to the identity; ours to what each
+unit does on average, which is much nearer where units are mostly off (`line=False`: the identity).
+What is not linear in the end is not multiplied out as if it were. Blocks are counted as blocks. A
+block that has reached its line is trained on before it is collapsed, in its wide form, and
+afterwards, where there are epochs for it.
 
 **Reference.** LayerCollapse, see `methods/layer_collapse` and `train/slope.py`.
 """
@@ -40,6 +41,7 @@ from lamina.recipes.blocks import (
     collapse_runs,
     find_blocks,
     join_blocks,
+    lines_of,
     order_blocks,
     saved,
 )
@@ -48,7 +50,7 @@ from lamina.recipes.retraining import LaterEpochs, check_data
 from lamina.recipes.settings import check_training, check_whole, is_number
 from lamina.stages import Way, metric_of
 from lamina.train import Recovery, recover
-from lamina.train.slope import Pull, put_blends
+from lamina.train.slope import Line, Pull, put_blends
 from lamina.train.straighten import Straightening, straighten
 
 LATER = 10_000  # epochs of the training data between one training and the next
@@ -69,6 +71,8 @@ class LayerCollapse:
         lr: peak learning rate of all trainings.
         decay: of weights that are matrices, while blocks are pulled.
         pull: how hard, see `Pull.strength`.
+        line: blends are drawn to what each unit does on average, by least squares on calibration
+            data, in the place of the identity (the paper's).
         how: `"decoupled"` or `"penalty"`, see `Pull`.
         tau: a blend nearer than this to the identity is snapped to it.
         reached: share of each training after which all that were pulled in it are snapped; 1: only
@@ -94,6 +98,7 @@ class LayerCollapse:
     lr: float = 1e-3
     decay: float = 0.0
     pull: float = 5.0
+    line: bool = True
     how: str = "decoupled"
     tau: float = 0.05
     reached: float = 0.6
@@ -155,7 +160,8 @@ class LayerCollapse:
         module, history, bent = way.network.module, list[Mapping[str, float]](), dict[str, float]()
         if self.epochs and data is not None:
             with way.timed("straighten"):
-                module, bent = self._train(way, data, chosen, history, quality)
+                lines = lines_of(way.network, sites, stats, chosen) if self.line else {}
+                module, bent = self._train(way, data, chosen, history, lines)
             quality.note("trained", module)
         with way.timed("collapse"):
             runs = join_blocks(sites, chosen)
@@ -200,7 +206,7 @@ class LayerCollapse:
 
     def _train(
         self, way: Way, data: Data, chosen: Sequence[Site],
-        history: list[Mapping[str, float]], quality: _Quality,
+        history: list[Mapping[str, float]], lines: Mapping[str, Line],
     ) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
         """Pull the chosen blocks to the identity, more of them in each training."""
         module, bent = way.network.module, dict[str, float]()
@@ -210,7 +216,7 @@ class LayerCollapse:
             seed = way.seed * 1000 + step
             result = straighten(
                 way.network, module, [p for block in now for p in activations_of(block)],
-                _part(data, seed), self.training(seed), way.say("straighten"),
+                _part(data, seed), self.training(seed), way.say("straighten"), lines,
             )  # fmt: skip
             module = result.module
             bent |= {path: bend for path, bend in result.bends.items() if path not in bent}

@@ -4,7 +4,8 @@
 blocks, the convolutions of a stage) are grouped further, and each group holds one Parameter from
 then on, until the network has the unique parameters asked for. Between steps it is trained. Biases
 and norms stay each layer's own; BatchNorm moments are estimated anew after each step; the optimizer
-is built anew, for its state would be of other tensors.
+is built anew, for its state would be of other tensors. Dropout falls with the root of the share of
+parameters that is left (Han et al. 2015, arXiv:1506.02626, eq. 2).
 
 **Where it departs from the paper.** Groups come from agglomerative clustering, and one exact choice
 over all families says which come together first; every measure is a distance that is 0 for equal
@@ -36,7 +37,13 @@ from lamina.plan import Edited
 from lamina.plan.apply import copy_module
 from lamina.recipes.followed import Followed
 from lamina.recipes.fusing import droppable, fusion_plan
-from lamina.recipes.retraining import EPOCHS, LaterEpochs, check_data
+from lamina.recipes.retraining import (
+    DROPOUTS,
+    EPOCHS,
+    LaterEpochs,
+    check_data,
+    scaled_dropout,
+)
 from lamina.recipes.settings import check_training, check_whole, is_number
 from lamina.recipes.tying import (
     MEASURES,
@@ -219,6 +226,7 @@ class _Fusing:
                 w.producer.name: Hidden(w.producer, w.consumer, w.norms, w.repeat) for w in widths
             }
         self.drop = settings.mode == "drop"
+        self.whole = sum(p.numel() for p in way.network.module.parameters())
         self.saved = [
             sum(p.numel() for p in self.network.module.get_submodule(b.blocks[0]).parameters())
             if self.drop else b.saved for b in bundles
@@ -305,9 +313,13 @@ class _Fusing:
         if hasattr(data.train, "set_epoch"):
             first = self.way.seed * EPOCHS + self.seen
             data = replace(data, train=LaterEpochs(data.train, first))
-        result = recover(
-            self.way.network, self.edited(), data, recovery, progress=self.way.say("recover")
-        )
+        edited = self.edited()
+        rates = {name: m.p for name, m in edited.model.named_modules() if isinstance(m, DROPOUTS)}
+        for name, rate in rates.items():  # fewer parameters need less regularisation
+            _dropout(edited.model, name).p = scaled_dropout(rate, self.params, self.whole)
+        result = recover(self.way.network, edited, data, recovery, progress=self.way.say("recover"))
+        for name, rate in rates.items():
+            _dropout(result.edited.model, name).p = rate
         self.seen += math.ceil(epochs)
         start = self.history[-1]["step"] if self.history else 0.0
         self.history += [
@@ -327,8 +339,8 @@ class _Fusing:
 
     def notes(self) -> list[str]:
         """Return what a reader should know."""
-        whole = sum(p.numel() for p in self.way.network.module.parameters())
-        notes = [f"Unique parameters: {self.params:,} of {whole:,} ({self.params / whole:.2%})."]
+        share = self.params / self.whole
+        notes = [f"Unique parameters: {self.params:,} of {self.whole:,} ({share:.2%})."]
         for bundle, groups in zip(self.bundles, self.groups, strict=True):
             shown = [
                 " = ".join(bundle.layers[0][i].name for i in group)
@@ -347,3 +359,9 @@ class _Fusing:
                 "carried out again by applying the plan."
             )
         return notes
+
+
+def _dropout(module: nn.Module, name: str) -> nn.Dropout:
+    found = module.get_submodule(name)
+    assert isinstance(found, DROPOUTS)
+    return found  # type: ignore[return-value]

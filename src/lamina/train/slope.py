@@ -3,10 +3,12 @@
 A chosen activation becomes a blend `(1 - t) act(x) + t x` of itself and the identity, with one
 learned linearity t for the layer. It starts at t = 0, exactly the function it was: for a ReLU that
 is a PReLU of slope t = 0, for GELU, SiLU and all others the same formula. Then t is pulled to 1.
+In the place of the identity there may be a line for each unit, `s x + o`: what the unit does on
+average, by least squares. The way there is much shorter where units are mostly off.
 
 Reference: LayerCollapse (one PReLU slope a shared by a layer; a penalty on `(1 - a)^2`, or for
-AdamW the same decoupled from the gradient's moments, without weight decay on a). That any
-activation starts as itself is ours: a PReLU in the place of a GELU changes the network at once.
+AdamW the same decoupled from the gradient's moments, without weight decay on a). Lines are ours; so
+is that any activation starts as itself: a PReLU in the place of a GELU is another network.
 """
 
 from __future__ import annotations
@@ -23,39 +25,67 @@ from lamina.errors import MethodError
 PULLS = ("decoupled", "penalty")
 
 
-class Blend(nn.Module):
-    """An activation on its way to the identity: `(1 - t) act(x) + t x`.
+@dataclass(frozen=True)
+class Line:
+    """What an activation is drawn to in the place of the identity: `scale * x + shift`.
 
-    Bit-identical to the activation at t = 0, and to the identity at t = 1.
+    Args:
+        scale, shift: `[units]`.
+        axis: of the units.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    axis: int = -1
+
+
+class Blend(nn.Module):
+    """An activation on its way to a line: `(1 - t) act(x) + t x`, or `... + t (s x + o)`.
+
+    Bit-identical to the activation at t = 0, and to the line at t = 1.
 
     Args:
         activation: what it starts as; it acts on each value alone.
         linearity: t to start from.
+        line: for each unit; None: the identity.
 
     Example:
         >>> Blend(nn.ReLU(), 0.25)(torch.tensor([-4.0, 4.0])).tolist()
         [-1.0, 4.0]
     """
 
-    def __init__(self, activation: nn.Module, linearity: float = 0.0) -> None:
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self, activation: nn.Module, linearity: float = 0.0, line: Line | None = None
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.linearity = nn.Parameter(torch.tensor(float(linearity)))
+        self.axis = -1 if line is None else line.axis
+        for name in ("scale", "shift"):
+            value = None if line is None else getattr(line, name).detach().to(torch.float32).clone()
+            self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         bent: Tensor = self.activation(x)
         t = self.linearity.to(bent.dtype)
+        if self.scale is not None and self.shift is not None:
+            shape = [1] * x.dim()
+            shape[self.axis] = -1
+            x = x * self.scale.to(x.dtype).view(shape) + self.shift.to(x.dtype).view(shape)
         # lerp is exact at both ends, which (1 - t) * act + t * x is not
         return torch.lerp(bent, x.to(bent.dtype), t)
 
     @property
     def bend(self) -> float:
-        """How far from linear: `|1 - t|`."""
+        """How far from the line: `|1 - t|`."""
         return abs(1.0 - float(self.linearity.detach()))
 
     @torch.no_grad()
     def snap(self) -> None:
-        """Make it the identity, for good: t = 1, and no longer trained."""
+        """Make it the line, for good: t = 1, and no longer trained."""
         self.linearity.fill_(1.0)
         self.linearity.requires_grad_(False)
         self.linearity.grad = None
@@ -144,12 +174,15 @@ def snap(blends: Iterable[Blend], tau: float) -> int:
     return len(near)
 
 
-def put_blends(module: nn.Module, paths: Iterable[str]) -> dict[str, Blend]:
+def put_blends(
+    module: nn.Module, paths: Iterable[str], lines: Mapping[str, Line] | None = None
+) -> dict[str, Blend]:
     """Replace activations by their blends, in place; the function of the network stays.
 
     Args:
         module: the network.
         paths: module paths of the activations; what is a blend already stays as it is.
+        lines: what they are drawn to, by path; of others it is the identity.
 
     Returns:
         the blends by path.
@@ -162,7 +195,8 @@ def put_blends(module: nn.Module, paths: Iterable[str]) -> dict[str, Blend]:
     found = {}
     for path in paths:
         old = module.get_submodule(path)
-        blend = old if isinstance(old, Blend) else Blend(old)
+        line = (lines or {}).get(path)
+        blend = old if isinstance(old, Blend) else Blend(old, line=line)
         if blend is not old:
             like = next(iter(module.parameters()), None)
             blend.to(device=None if like is None else like.device).train(old.training)

@@ -18,7 +18,7 @@ from lamina.plan.apply import copy_module
 from lamina.train.distill import distillation_loss
 from lamina.train.moments import Norm
 from lamina.train.order import count_batches, seeded, set_seed
-from lamina.train.slope import Blend, Pull, bends, pull, put_blends, snap
+from lamina.train.slope import Blend, Line, Pull, bends, pull, put_blends, snap
 
 CHECKS = 60  # looks at the slopes in one training
 Progress = Callable[[int, int, str], None]
@@ -84,6 +84,7 @@ def straighten(
     data: Data,
     settings: Straightening,
     progress: Progress | None = None,
+    lines: Mapping[str, Line] | None = None,
 ) -> Straightened:
     """Train a copy of a network while some of its activations are pulled to the identity.
 
@@ -96,6 +97,7 @@ def straighten(
         data: with a `train` loader.
         settings: of the training.
         progress: called with (steps done, steps in all, text).
+        lines: what activations are drawn to, by path; of others it is the identity.
 
     Raises:
         DataError: there is no training data, or the loss is not finite.
@@ -107,7 +109,8 @@ def straighten(
     device = PartialState().device
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         student = copy_module(module).to(device)
-        blends = put_blends(student, paths)
+        blends = put_blends(student, paths, lines)
+        student.to(device)
         teacher = copy_module(original.module).eval().requires_grad_(False).to(device)
         training = _Training(student.train(), teacher, blends, data, settings, original.loss)
         result = training.run(progress)
