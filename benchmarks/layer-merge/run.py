@@ -19,7 +19,6 @@ import argparse
 import datetime
 import json
 import platform
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +157,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command(given: argparse.Namespace) -> str:
+    """What made a result, without the places of one machine."""
+    paths = {"data": "DATA", "weights": "WEIGHTS"}
+    words = ["python benchmarks/layer-merge/run.py", given.network]
+    for name, value in vars(given).items():
+        if name in ("network", "keep", "output") or value in (None, False):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        words.append(flag if value is True else f"{flag} {paths.get(name, value)}")
+    return " ".join(words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("network", choices=MOVES)
@@ -202,9 +213,7 @@ def main() -> None:
             }
         found |= {
             "network": given.network, "bar": BAR, "seed": given.seed, "machine": machine(),
-            "command": "python benchmarks/layer-merge/run.py " + " ".join(
-                a for a in sys.argv[1:] if "/" not in a
-            ),
+            "command": command(given),
             "date": datetime.date.today().isoformat(),
         }  # fmt: skip
         output.write_text(json.dumps(found, indent=1) + "\n")

@@ -167,7 +167,7 @@ def test_wild_layouts_and_settings_of_none_build_nothing(value):
         ["", "layout", {"channels_last": value}], ["", "layout", {"channels_last": 1, "x": value}],
         ["0", "layout", {"channels_last": 1}], ["", "biased", {}], ["", "identity", {}],
         ["0", "biased", {"outputs": value}], ["1", "identity", {"x": value}],
-        ["2", "biased", {}], ["0", "identity", {}],
+        ["2", "biased", {}], ["0", "identity", {"x": value}],
     ):  # fmt: skip
         net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
         modules = list(net.modules())
