@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlp-mixer-tiny": {"epochs": 1.0, "lr": 1e-3, "decay": 0.05, "distill": 0.5, "batch": 128,
                        "steps": [2, 4, 6, 8, 10, 12], "metric": "accuracy", "shift": 2,
                        "mirror": 1},
-    "gpt-tiny": {"epochs": 1.25, "lr": 5e-4, "decay": 0.1, "distill": 0.5, "batch": 16,
+    "gpt-tiny": {"epochs": 0.5, "lr": 3e-4, "decay": 0.1, "distill": 0.5, "batch": 16,
                  "steps": [3, 8], "metric": "perplexity", "half": True},
     "vgg11-bn": {"epochs": 3.0, "lr": 5e-4, "decay": 5e-4, "distill": 0.7, "batch": 128,
                  "steps": [1, 2], "metric": "accuracy", "shift": 4, "mirror": 1, "half": True},

@@ -41,6 +41,13 @@ def propose(
     asked = choose_methods(methods)
     if not bytes_count:
         asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES]
-    found = propose_layers(network, sites, stats, asked, progress)
     spans = find_spans(sites, choose_spanning(methods))
-    return found | propose_spans(network, sites, stats, asked, spans, progress)
+    count = len(sites.layers)
+
+    def told(before: int) -> Progress | None:
+        if progress is None:
+            return None
+        return lambda done, _, name: progress(before + done, count + len(spans), name)
+
+    found = propose_layers(network, sites, stats, asked, told(0))
+    return found | propose_spans(network, sites, stats, asked, spans, told(count))
