@@ -30,6 +30,7 @@ from lamina.stages import Way, applied, clock_key, noted, packed, size_limit, so
 
 SLACK_ERROR = 5e-4  # [nats per sample] predicted error from which rate pressure starts walking
 ROUNDS = 4  # of verifying and planning again
+REFITS = 6  # of planning again for the size: in a file of few bytes names weigh as much as values
 TOLERANCE = 0.03  # of a latency: nearer is met, and further below is needless
 AIM = 0.985  # of a latency: what is aimed at, so that another measurement still meets it
 SECONDS = 8.0  # that measuring one plan may take, about
@@ -302,10 +303,10 @@ def refit(
     way: Way, sites: Sites, stats: Stats, candidates: Candidates,
     chosen: Plan, edited: Edited, file: bytes, limit: float,
 ) -> tuple[Plan, Edited, bytes]:  # fmt: skip
-    """Plan again, a little smaller, while the measured file is over the limit (three rounds)."""
+    """Plan again, a little smaller, while the measured file is over the limit (six rounds)."""
     wanted, asked = limit, f"size={way.budget.size}"
     row, fast = noted(way, "size", asked, chosen, {"bytes": len(file)}), True
-    for _ in range(3):
+    for _ in range(REFITS):
         if len(file) <= limit and fast:
             break
         wanted -= max(0, len(file) - limit + 8)
