@@ -24,6 +24,7 @@ TRAINED = [
     if files("lamina.zoo").joinpath("weights", f"{name}.safetensors").is_file()
 ]
 DIGITS = [name for name in TRAINED if name.startswith("lenet")]  # whose data ships
+OUTPUTS = {"gpt-tiny": (2, 128, 1024)}
 
 
 def test_names() -> None:
@@ -60,7 +61,7 @@ def test_zoo_gives_a_complete_network(name: str) -> None:
     assert (network.source, network.name, network.loss) == (f"zoo:{name}", name, "logits")
     assert not network.module.training
     assert all(torch.isfinite(p).all() and p.requires_grad for p in network.module.parameters())
-    assert network.forward(*network.example_inputs).shape == (2, 10)
+    assert network.forward(*network.example_inputs).shape == OUTPUTS.get(name, (2, 10))
     if name in DIGITS:
         assert network.data.train.dataset_size == 7_000
     else:
@@ -78,7 +79,7 @@ def test_trained_weights_are_those_of_the_record(name: str) -> None:
     record = json.loads((RECORDS / f"{name}.json").read_text())
     assert record["network"] == name
     assert record["parameters"] == sum(p.numel() for p in build(name).parameters())
-    assert record["accuracy_percent"]["test"] > 80
+    assert record["accuracy_percent"]["test"] > (30 if name == "gpt-tiny" else 80)  # of 1,024
 
 
 @pytest.mark.parametrize("name", names())
@@ -87,7 +88,7 @@ def test_an_untrained_network_runs_on_its_example(name: str) -> None:
     assert network.source == f"zoo:{name}" and not network.module.training
     pairs = zip(network.module.parameters(), build(name, seed=3).parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert network.forward(*network.example_inputs).shape == (2, 10)
+    assert network.forward(*network.example_inputs).shape == OUTPUTS.get(name, (2, 10))
     assert (network.data is None) == (not name.startswith("lenet"))
 
 
