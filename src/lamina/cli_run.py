@@ -45,10 +45,11 @@ def open_both(
 ) -> tuple[Any, Any]:
     """Return the network and its data: what was named, or with `own_data` what it brings along."""
     from lamina.data import as_data, load
-    from lamina.opening import open_model
+    from lamina.opening import open_model, with_example
 
-    loaders = load(data) if data is not None else None
-    network = open_model(model, None, loaders, skeleton)
+    network = open_model(model, None, None, skeleton)
+    loaders = load(data, network=network) if data is not None else None
+    network = network if loaders is None else with_example(network, loaders)
     return network, as_data(network.data) if own_data and loaders is None else loaders
 
 

@@ -19,7 +19,7 @@ from lamina.measure.stats import Stats
 from lamina.network.discover import discover
 from lamina.network.load import check_network
 from lamina.network.sites import Sites
-from lamina.opening import load, open_model, save
+from lamina.opening import load, open_model, save, with_example
 from lamina.plan import Budget, Plan
 from lamina.plan.apply import check_fits, check_made_for
 from lamina.plan.chains import choose_methods
@@ -307,12 +307,14 @@ def _begin(
     if metric is not None:
         metric_named(metric)
     recovery, auto = _recovery(recover, seed)
+    network = open_model(model, example_inputs)
     if isinstance(data, str):
-        data = load_data(data)
+        data = load_data(data, network=network)
     loaders = as_data(data)
     if limits.max_drop is not None and (loaders is None or loaders.validation is None):
         raise DataError("max_drop needs validation data", "data.validation", "", "give some")
-    network = open_model(model, example_inputs, loaders)
+    if example_inputs is None and loaders is not None:
+        network = with_example(network, loaders)
     if limits.latency is not None and plan is None:
         check_timed(network)
     return Way(

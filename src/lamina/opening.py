@@ -14,6 +14,13 @@ from lamina import artifact
 from lamina.data import Data, inputs_of
 from lamina.errors import FileError, NetworkError
 from lamina.network.load import open_network
+from lamina.network.pretrained import (
+    PREFIX,
+    build_pretrained,
+    described,
+    is_folder,
+    open_folder,
+)
 from lamina.network.source import Network
 from lamina.run import write_atomic
 
@@ -45,18 +52,27 @@ def open_model(
         # What is made of this network is rebuilt from the same skeleton, through the same edits.
         restored = artifact.restore(package, network.module)
         network = replace(network, module=restored, edits=tuple(package.edits), box=package.box)
+    elif isinstance(model, (str, Path)) and is_folder(model):
+        network = open_folder(model)
     elif isinstance(model, str) and ".py" not in model:
         raise NetworkError(
             "unknown network", repr(model), f"the zoo has {', '.join(names())}",
-            "give a zoo name, file.py:function or a .lamina file",
+            "give a zoo name, a Hugging Face folder, file.py:function or a .lamina file",
         )  # fmt: skip
     else:
         network = open_network(model, example_inputs)
     if example_inputs is not None:
         network = replace(network, example_inputs=tuple(example_inputs))
-    if not network.example_inputs and not network.example_kwargs and data is not None:
-        network = replace(network, **_example(data))
-    return network
+    return network if data is None else with_example(network, data)
+
+
+def with_example(network: Network, data: Data) -> Network:
+    """Return a network with one sample of the data as its example, where it brought none along.
+
+    A pretrained model's own example is drawn at random, and gives way.
+    """
+    bare = not network.example_inputs and not network.example_kwargs
+    return replace(network, **_example(data)) if bare or network.task else network
 
 
 def _example(data: Data) -> dict[str, Any]:
@@ -82,6 +98,8 @@ def _skeleton(source: str, where: str, trust: Sequence[str] = ()) -> Network:
     kind, _, name = source.partition(":")
     if kind == "zoo" and name in names():
         return untrained(name)
+    if source.startswith(PREFIX):
+        return described(build_pretrained(source))
     if kind == "python" and source in trust:
         return open_network(name)
     raise FileError(
@@ -111,6 +129,8 @@ def load(
     kind, _, name = package.skeleton.partition(":")
     if skeleton is None and kind == "zoo" and name in names():
         skeleton = build(name)
+    elif skeleton is None and package.skeleton.startswith(PREFIX):
+        skeleton = build_pretrained(package.skeleton)
     if skeleton is None:
         skeleton = _skeleton(package.skeleton, str(path), trust).module
     return artifact.restore(package, skeleton).eval()

@@ -231,7 +231,7 @@ def test_bad_specs(spec: str, message: str) -> None:
 def test_text_says_what_it_takes(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("words")
-    with pytest.raises(LaminaError, match="hf extra"):
+    with pytest.raises(LaminaError, match="tokenizer"):
         load(f"text:{file}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class TensorLoader:
     goes on with `set_epoch(n)` exactly as if it had not been.
 
     Args:
-        x: inputs [n, ...].
+        x: inputs [n, ...], or a dict of inputs by name, each [n, ...].
         y: labels [n, ...], or None: then batches are bare tensors instead of `(x, y)`.
         batch_size: samples a batch; the last batch of an epoch may be smaller.
         shuffle: draw a new order every epoch.
@@ -66,7 +66,7 @@ class TensorLoader:
 
     def __init__(
         self,
-        x: Tensor,
+        x: Tensor | Mapping[str, Tensor],
         y: Tensor | None,
         batch_size: int,
         shuffle: bool = False,
@@ -74,27 +74,27 @@ class TensorLoader:
         seed: int = 0,
         prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if x.ndim == 0 or len(x) == 0:
-            raise DataError("no samples", f"x {list(x.shape)}", fix="give at least one sample")
-        if y is not None and (y.ndim == 0 or len(y) != len(x)):
-            raise DataError(
-                "inputs and labels differ in length",
-                f"x {list(x.shape)}, y {list(y.shape)}",
-                fix="give one label a sample",
-            )
+        parts = x if isinstance(x, Mapping) else {"x": x}
+        if not parts or any(part.ndim == 0 or len(part) == 0 for part in parts.values()):
+            shapes = {name: list(part.shape) for name, part in parts.items()}
+            raise DataError("no samples", str(shapes), fix="give at least one sample")
+        self.dataset_size = len(next(iter(parts.values())))
+        named = {**parts, **({} if y is None else {"y": y})}
+        for part in named.values():
+            if part.ndim == 0 or len(part) != self.dataset_size:
+                raise DataError(
+                    "inputs and labels differ in length",
+                    ", ".join(f"{n} {list(p.shape)}" for n, p in named.items()),
+                    fix="give one label a sample",
+                )
         if batch_size < 1:
             raise DataError("bad batch size", str(batch_size), fix="give 1 or more")
         self.x, self.y, self.batch_size = x, y, batch_size
         self.shuffle, self.augment, self.seed, self.prepare = shuffle, augment, seed, prepare
         self.epoch = 0
 
-    @property
-    def dataset_size(self) -> int:
-        """The number of samples of one epoch."""
-        return len(self.x)
-
     def __len__(self) -> int:
-        return (len(self.x) + self.batch_size - 1) // self.batch_size
+        return (self.dataset_size + self.batch_size - 1) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next `iter()` start epoch `epoch`."""
@@ -104,7 +104,8 @@ class TensorLoader:
         """The first `samples` samples as stored: not shuffled, not augmented."""
         y = None if self.y is None else self.y[:samples]
         batch_size = batch_size or self.batch_size
-        return TensorLoader(self.x[:samples], y, batch_size, prepare=self.prepare)
+        first = _rows(self.x, slice(0, samples))
+        return TensorLoader(first, y, batch_size, prepare=self.prepare)
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator itself: the epoch must be taken when `iter()` is called, not at the
@@ -115,16 +116,20 @@ class TensorLoader:
     def _batches(self, epoch: int) -> Iterator[Any]:
         # torch's CPU generator looks at the low 32 bits of its seed alone, so both must be in them.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
-        order = torch.randperm(len(self.x), generator=generator) if self.shuffle else None
-        for start in range(0, len(self.x), self.batch_size):
+        order = torch.randperm(self.dataset_size, generator=generator) if self.shuffle else None
+        for start in range(0, self.dataset_size, self.batch_size):
             end = start + self.batch_size
             rows: slice | Tensor = slice(start, end) if order is None else order[start:end]
-            x = self.x[rows]
+            x: Any = _rows(self.x, rows)
             if self.prepare is not None:
                 x = self.prepare(x)
             if self.augment is not None:
                 x = self.augment(x, generator)
             yield x if self.y is None else (x, self.y[rows])
+
+
+def _rows(x: Tensor | Mapping[str, Tensor], rows: slice | Tensor) -> Any:
+    return {n: part[rows] for n, part in x.items()} if isinstance(x, Mapping) else x[rows]
 
 
 def shift(pixels: int = 2, fill: float = 0.0) -> Augment:

@@ -16,12 +16,14 @@ from lamina.data.batches import as_data, inputs_of
 from lamina.data.images import load_images
 from lamina.data.loaders import Data, TensorLoader
 from lamina.data.mnist import load_mnist
+from lamina.data.text import load_text
 from lamina.errors import DataError, LaminaError
+from lamina.network.source import Network
 
-KINDS = "use mnist-10k, file.npz, images:FOLDER or file.py:function"
+KINDS = "use mnist-10k, file.npz, images:FOLDER, text:FILE or file.py:function"
 
 
-def load(spec: str, example: Any = None) -> Data:
+def load(spec: str, example: Any = None, network: Network | None = None) -> Data:
     """Open a data set by its spec.
 
     Args:
@@ -29,9 +31,12 @@ def load(spec: str, example: Any = None) -> Data:
             `mnist-10k`, the digits that ship with the package;
             `file.npz`, arrays `x [n, ...]` and optionally `y [n, ...]`, taken as they are and split
             80 / 10 / 10 from a fixed seed, or `x_train`, `y_train`, `x_validation`, ..., `x_test`;
+            `text:FILE`, for a network from a Hugging Face folder, whose tokenizer cuts it (see
+            `load_text`);
             `images:FOLDER`, one folder of PNG or JPEG a class (see `load_images`);
             `file.py:function`, a function of yours that takes nothing and returns what `as_data`
             takes. The file is run: give only files you trust.
+        network: that the data are for; text needs its tokenizer.
         example: an example input of the network, or a tuple of them, if there is one; images are
             scaled to it, and arrays of another shape are refused.
 
@@ -54,12 +59,9 @@ def load(spec: str, example: Any = None) -> Data:
         data = load_images(Path(rest), example)
     elif kind == "text":
         _must_exist(Path(rest))
-        raise DataError(
-            "cannot open text",
-            spec,
-            "text comes with Lamina's Hugging Face support (the hf extra), not yet in this version",
-            "tokenise it in a file.py:function that yields dicts of tensors",
-        )
+        if network is None:
+            raise DataError("text needs a network", spec, "its tokenizer cuts the text", "name one")
+        data = load_text(Path(rest), network)
     elif path.endswith(".py"):
         data = _call(Path(path), function)
     elif spec.endswith(".npz"):

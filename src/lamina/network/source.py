@@ -18,14 +18,16 @@ class Network:
     Args:
         module: the network itself; never changed in place.
         example_inputs: positional inputs of one forward pass; dimension 0 is the batch.
-        source: how to rebuild the skeleton: `"zoo:lenet-5"`, `"python:net.py:build"` or
-            `"module"`.
+        source: how to rebuild the skeleton: `"zoo:lenet-5"`, `"python:net.py:build"`,
+            `"transformers:{...}"` (class and configuration) or `"module"`.
         name: a short name for reports.
         data: the network's own loaders, if it has any (`train`, `calibration`, `validation`,
             `test`).
         loss: what its outputs are: `"logits"`, `"features"` or `"auto"` (decided when measured).
         edits: structural edits that turn what `source` rebuilds into this module (a network that
             was opened from a file has some).
+        task: of a `transformers` model, what it is for (`"causal"`, ...); `""` of any other.
+        folder: where its tokenizer lies; never written to a file.
         box: for which inputs it equals what it was made of, `"low,high"` (of each channel,
             separated by semicolons); `""`: nothing was made of anything, or there is no limit.
 
@@ -44,6 +46,8 @@ class Network:
     loss: str = "auto"
     edits: tuple[Any, ...] = ()
     box: str = ""
+    task: str = ""
+    folder: str = ""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the module without gradients, in evaluation mode; return its main output tensor."""
