@@ -233,6 +233,27 @@ class Spanning(Protocol):
         ...
 
 
+def check_finite(site: Site, parts: Parts) -> None:
+    """Check that every tensor of a span's layers is finite.
+
+    Raises:
+        SiteError: one is not; names the layer and the span.
+    """
+    for leaf in parts.members:
+        if not all(bool(torch.isfinite(t).all()) for t in leaf.weights.values()):
+            raise SiteError(
+                "the weights are not finite", f"{leaf.site.name} in {site.name}",
+                "NaN or inf goes with nothing", "mend the network",
+            )  # fmt: skip
+
+
+def why_no_chain(site: Site) -> str:
+    """Return why a site is no chain of several layers that may be replaced, or `""`."""
+    if site.kind != "chain":
+        return f"it is a {site.kind}, not a chain of layers"
+    return site.rigid if len(site.members) > 1 else "it is one layer already"
+
+
 @cache
 def _instances() -> dict[str, Method | Spanning]:
     import lamina.methods as package

@@ -43,7 +43,17 @@ from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Plain
 from lamina.measure.stats import Cost
-from lamina.methods.base import Candidate, Choice, Leaf, Parts, Settings, Stage, Step
+from lamina.methods.base import (
+    Candidate,
+    Choice,
+    Leaf,
+    Parts,
+    Settings,
+    Stage,
+    Step,
+    check_finite,
+    why_no_chain,
+)
 from lamina.methods.layer_collapse.merging import (
     FITS,
     Merged,
@@ -89,11 +99,7 @@ class LayerCollapse:
 
         What is to be said of the layers themselves is in the sites that `places` gives.
         """
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not a chain of layers"
-        if len(site.members) < 2:
-            return "it is one layer already"
-        return site.rigid or why_not_between(site)
+        return why_no_chain(site) or why_not_between(site)
 
     def propose(self, site: Site, parts: Parts) -> tuple[Candidate, ...]:
         """Offer the best fit, as one layer and at lower ranks, cheapest first.
@@ -105,7 +111,7 @@ class LayerCollapse:
         """
         if self.refuse(site) or _why_not(parts):
             return ()
-        _check_finite(site, parts)
+        check_finite(site, parts)
         members = [leaf.site for leaf in parts.members]
         before = sum(t.numel() for leaf in parts.members for t in leaf.weights.values())
         fits = {fit: merge(parts, fit) for fit in fits_of(parts)}
@@ -149,7 +155,7 @@ class LayerCollapse:
         fit, inputs, bias, rank = _read(site, settings)
         if why := _misfit(parts, fit, inputs, bias, rank):
             raise _unfit(site, settings, why)
-        _check_finite(site, parts)
+        check_finite(site, parts)
         merged = merge(parts, fit)
         last, like = parts.members[-1], parts.members[-1].weights["weight"]
         dense = dense_site(last.site, inputs, bool(bias))
@@ -235,15 +241,6 @@ def _why_not(parts: Parts) -> str:
         if passage.op == "batch_norm" and "scale" not in passage.tensors:
             return f"the batch_norm {passage.module} has no moments of its own to fold"
     return ""
-
-
-def _check_finite(site: Site, parts: Parts) -> None:
-    for leaf in parts.members:
-        if not all(bool(torch.isfinite(t).all()) for t in leaf.weights.values()):
-            raise SiteError(
-                "the weights are not finite", f"{leaf.site.name} in {site.name}",
-                "NaN or inf has no product", "mend the network",
-            )  # fmt: skip
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Plain
 from lamina.forms.tied import index_of
 from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.base import Candidate, Choice, Leaf, Parts, Settings, Stage, Step
+from lamina.methods.base import Candidate, Choice, Leaf, Parts, Settings, Stage, Step, check_finite
 from lamina.methods.layer_fusion.distances import distances
 from lamina.methods.layer_fusion.drop import block_of, check_droppable
 from lamina.methods.layer_fusion.fuse import (
@@ -95,7 +95,7 @@ class LayerFusion:
         """
         if self.refuse(site):
             return ()
-        _check_finite(site, parts)
+        check_finite(site, parts)
         how = _way(site, parts)
         found: list[Candidate] = []
         for partition, _ in reversed(merge_order(pair_costs(parts))[1:]):
@@ -152,7 +152,7 @@ class LayerFusion:
         site = choice.site
         if why := self.refuse(site):
             raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        _check_finite(site, parts)
+        check_finite(site, parts)
         partition, how, mode = read_settings(site, choice.settings)
         groups = members_of(partition)
         if mode == "drop":
@@ -315,15 +315,6 @@ def _own_bits(follower: Leaf) -> float:
     bias = follower.weights.get("bias")
     word = 8.0 * len(json.dumps([follower.site.module, "tie", {"with": 100}]))
     return word + (0.0 if bias is None else 8.0 * values_bytes(bias))
-
-
-def _check_finite(site: Site, parts: Parts) -> None:
-    for member in parts.members:
-        if not bool(torch.isfinite(member.weights["weight"]).all()):
-            raise SiteError(
-                "the weights are not finite", member.site.name, "NaN or inf is like nothing",
-                "mend the network",
-            )  # fmt: skip
 
 
 method = LayerFusion()

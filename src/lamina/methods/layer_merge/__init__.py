@@ -35,14 +35,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Plain
 from lamina.forms.merged import spelled
 from lamina.measure.stats import Cost
-from lamina.methods.base import Candidate, Choice, Leaf, Parts, Settings, Stage, Step
+from lamina.methods.base import (
+    Candidate,
+    Choice,
+    Leaf,
+    Parts,
+    Settings,
+    Stage,
+    Step,
+    check_finite,
+    why_no_chain,
+)
 from lamina.methods.layer_merge.fits import Fits, supports_of
 from lamina.methods.layer_merge.leaves import leaf_stats
 from lamina.methods.layer_merge.merging import Conv
@@ -74,11 +82,7 @@ class LayerMerge:
 
         What is to be said of the layers themselves is in the sites that `places` gives.
         """
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not a chain of layers"
-        if len(site.members) < 2:
-            return "it is one layer already"
-        return site.rigid or why_not_between(site)
+        return why_no_chain(site) or why_not_between(site)
 
     def propose(self, site: Site, parts: Parts) -> tuple[Candidate, ...]:
         """Offer the best fit of every kernel size, cheapest first; without statistics none.
@@ -88,7 +92,7 @@ class LayerMerge:
         """
         if self.refuse(site) or _why_not(parts):
             return ()
-        _check_finite(site, parts)
+        check_finite(site, parts)
         before = sum(t.numel() for leaf in parts.members for t in leaf.weights.values())
         macs = math.fsum(leaf.site.macs for leaf in parts.members)
         deep = any(leaf.site.groups > 1 for leaf in parts.members)
@@ -120,7 +124,7 @@ class LayerMerge:
             SiteError: the weights are not finite.
         """
         form = _read(site, settings)
-        _check_finite(site, parts)
+        check_finite(site, parts)
         conv = self._merged(site, parts, settings)
         if form_of(conv) != form:
             raise _unfit(site, settings, f"these supports give {form_of(conv)}")
@@ -193,15 +197,6 @@ def _why_not(parts: Parts) -> str:
         if why := why_not_layer(leaf.site):
             return why
     return ""
-
-
-def _check_finite(site: Site, parts: Parts) -> None:
-    for leaf in parts.members:
-        if not all(bool(torch.isfinite(t).all()) for t in leaf.weights.values()):
-            raise SiteError(
-                "the weights are not finite", f"{leaf.site.name} in {site.name}",
-                "NaN or inf has no product", "mend the network",
-            )  # fmt: skip
 
 
 def _read(site: Site, settings: Settings) -> dict[str, int]:
