@@ -131,7 +131,9 @@ def walk(given: argparse.Namespace) -> None:
         state = torch.load(saved, weights_only=True)
         module, first, rows = copy_module(module), state["k"] + 1, state["rows"]
         if not given.tuned:  # there every k starts from the original
-            blends = put_blends(module, _paths(blocks, state["k"]) if "collapse" in role else [])
+            paths = _paths(blocks, state["k"]) if "collapse" in role else []
+            lines = {} if given.identity else lines_of(network, sites, stats, blocks)
+            blends = put_blends(module, paths, lines)
             module.load_state_dict(state["module"])
             for blend in blends.values():
                 blend.snap()
