@@ -107,13 +107,14 @@ def test_grid_keeps_symbols_and_step(shape, step, dtype, seed):
 
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
-    st.sampled_from([0, 1]),
+    st.sampled_from([0, 1, 2]),
     st.sampled_from(FLOATS),
     st.integers(0, 999),
 )
 def test_grid_with_exponents_keeps_them(shape, axis, dtype, seed):
     generator = np.random.default_rng(seed)
-    count = math.prod(shape[1:]) if axis else shape[0]
+    rows, columns = shape[0], math.prod(shape[1:])
+    count = (rows, columns, rows + columns)[axis]
     symbols = torch.from_numpy(generator.integers(-9, 10, shape, dtype=np.int32))
     exponents = torch.from_numpy(generator.integers(-6, 7, count, dtype=np.int32))
     values = Grid(symbols, 0.125, exponents, axis, dtype)
@@ -122,6 +123,15 @@ def test_grid_with_exponents_keeps_them(shape, axis, dtype, seed):
     assert torch.equal(back.exponents, exponents)
     assert back.axis == axis
     assert same(back.dense(), values.dense())
+
+
+def test_exponents_of_two_axes_and_of_one_exclude_each_other():
+    grid = Grid(torch.ones(2, 3, dtype=torch.int32), 0.5, torch.zeros(5, dtype=torch.int32), 2)
+    body = bytearray(records.encode(grid)[1:])
+    assert records.parse(memoryview(bytes(body)), (2, 3), torch.float32).axis == 2
+    body[0] |= 0x80
+    with pytest.raises(FileError, match="two axes"):
+        records.parse(memoryview(bytes(body)), (2, 3), torch.float32)
 
 
 @pytest.mark.parametrize("codec", range(3))

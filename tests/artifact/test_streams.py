@@ -67,11 +67,12 @@ def example(kind, shape, dtype, seed):
     if kind == "grid" or not shape:
         return Grid(symbols, step, dtype=dtype)
     axis = int(kind[-1])
-    count = int(np.prod(shape[1:])) if axis else shape[0]
+    rows, columns = shape[0], int(np.prod(shape[1:]))
+    count = (rows, columns, rows + columns)[axis]
     return Grid(symbols, step, integers(-9, 9, count), axis, dtype)
 
 
-KINDS = ("plain", "sparse", "codebook", "grid", "grid by 0", "grid by 1")
+KINDS = ("plain", "sparse", "codebook", "grid", "grid by 0", "grid by 1", "grid by 2")
 
 
 @given(

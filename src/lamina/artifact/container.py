@@ -10,7 +10,7 @@ import json
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,21 +40,55 @@ def pack(
         plan: method chain by site.
         box: for which inputs the network equals what it was made of, see `Network.box`.
     """
-    from lamina._version import __version__
-
     values = {e.path: e.values for e in edits if e.form == "values" and e.values is not None}
     state = tensors_of(module)
-    # Tied tensors are stored once, under the name an edit knows them by; the skeleton ties them.
-    owner: dict[tuple[Any, ...], str] = {}
-    for name in [n for n in state if n in values] + list(state):
-        owner.setdefault(memory_key(name, state[name]), name)
-    table, body = [], bytearray()
+    body = bytearray()
+    names = stored_names(state, values)
+    for name in names:
+        body += records.encode(values.get(name) or Plain(state[name].detach()))
+    held = {name: state[name] for name in names}
+    return seal(manifest_of(held, edits, skeleton, plan, box), body)
+
+
+def stored_names(
+    state: Mapping[str, torch.Tensor],
+    first: Container[str],
+    key: Callable[[str, torch.Tensor], object] | None = None,
+) -> list[str]:
+    """Return the names that tensors are stored under, in order.
+
+    Tied tensors are stored once, under the name an edit knows them by; the skeleton ties them.
+
+    Args:
+        state: all tensors.
+        first: names that edits have.
+        key: what two names share if and only if they are one tensor; default: their memory.
+    """
+    same = key or memory_key
+    owner: dict[object, str] = {}
+    for name in [n for n in state if n in first] + list(state):
+        owner.setdefault(same(name, state[name]), name)
+    return [n for n, tensor in state.items() if n in first or owner[same(n, tensor)] == n]
+
+
+def manifest_of(
+    tensors: Mapping[str, torch.Tensor],
+    edits: Iterable[Edit],
+    skeleton: str,
+    plan: Mapping[str, str],
+    box: str = "",
+) -> dict[str, Any]:
+    """Return a file's manifest.
+
+    Args:
+        tensors: what is stored, in order; only shapes and dtypes are looked at.
+        edits, skeleton, plan, box: as `pack`.
+    """
+    from lamina._version import __version__
+
+    table = []
     previous = ""
-    for name, tensor in state.items():
-        if name not in values and owner[memory_key(name, tensor)] != name:
-            continue
-        held = values.get(name) or Plain(tensor.detach())
-        body += records.encode(held)
+    for name, tensor in tensors.items():
         table.append(_entry(name, tensor, previous))
         previous = name.rpartition(".")[0]
     manifest: dict[str, Any] = {"lamina": VERSION, "by": __version__, "skeleton": skeleton}
@@ -66,7 +100,7 @@ def pack(
     if box:
         manifest["box"] = box
     manifest["tensors"] = " ".join(table)
-    return seal(manifest, body)
+    return manifest
 
 
 def tensors_of(module: nn.Module, meta: bool = False) -> dict[str, torch.Tensor]:
@@ -106,16 +140,21 @@ def _summary(plan: Mapping[str, str]) -> str | dict[str, str]:
 
 def seal(manifest: Mapping[str, Any], body: bytes | bytearray) -> bytes:
     """Return a whole file for a manifest and its tensor records."""
+    first = head_of(manifest, len(body))
+    check = zlib.crc32(body, zlib.crc32(first))
+    return b"".join([first, body, struct.pack("<I", check)])
+
+
+def head_of(manifest: Mapping[str, Any], size: int) -> bytes:
+    """Return what comes before the tensor records of a file, where these take `size` bytes."""
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
     header = {
         "__metadata__": {"lamina": text},
-        "d": {"dtype": "U8", "shape": [len(body) + 4], "data_offsets": [0, len(body) + 4]},
+        "d": {"dtype": "U8", "shape": [size + 4], "data_offsets": [0, size + 4]},
     }
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    first = struct.pack("<Q", len(head)) + head
-    check = zlib.crc32(body, zlib.crc32(first))
-    return b"".join([first, body, struct.pack("<I", check)])
+    return struct.pack("<Q", len(head)) + head
 
 
 def _entry(name: str, tensor: torch.Tensor, previous: str) -> str:

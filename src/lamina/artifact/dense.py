@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -12,9 +13,11 @@ import torch
 
 from lamina.artifact import streams
 from lamina.artifact.reading import Package, read
+from lamina.artifact.records import Record
 from lamina.errors import FileError, RunError
 from lamina.run import write_atomic
 
+SHARD = 5_000_000_000  # bytes, as transformers splits files that are meant to be shared
 NAMES = {  # of safetensors
     torch.float32: "F32",
     torch.float16: "F16",
@@ -57,6 +60,15 @@ def decompress(file: str | Path, out: str | Path, to: str = "") -> Package:
     return package
 
 
+def summary(package: Package, out: str | Path) -> str:
+    """Return what was written dense, and the names in layers that have changed, for people."""
+    lines = [f"{len(package.records)} tensors: {out}"]
+    for edit in package.edits:
+        names = [name for name in package.records if name.startswith(f"{edit.path}.")]
+        lines.append(f"{edit.path} became {edit.form}: {', '.join(names)}")
+    return "\n".join(lines)
+
+
 def write_safetensors(package: Package, path: str | Path) -> None:
     """Write all tensors as a safetensors file, whole or not at all, one at a time in memory.
 
@@ -68,19 +80,31 @@ def write_safetensors(package: Package, path: str | Path) -> None:
         FileError: a dtype that safetensors does not have, or a damaged record.
         RunError: it cannot be written; an older file stays as it was.
     """
+    write_records(package.records, path)
+
+
+def write_records(records: Mapping[str, Record], path: str | Path) -> None:
+    """Write tensors of a file as a safetensors file of their own, under the names given.
+
+    A record may come under several names; it is then written as often.
+
+    Raises:
+        FileError: a dtype that safetensors does not have, or a damaged record.
+        RunError: it cannot be written; an older file stays as it was.
+    """
     # Wide elements first: every tensor then begins at a multiple of its element.
-    order = sorted(package.records, key=lambda name: -package.records[name].dtype.itemsize)
+    order = sorted(records, key=lambda name: -records[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
-        record = package.records[name]
+        record = records[name]
         if record.dtype not in NAMES:
             why, fix = f"there is no {record.dtype} in safetensors", "write a .pt file instead"
             raise FileError("a tensor cannot be written as safetensors", name, why, fix)
         if name == "__metadata__":
             why, fix = "safetensors keeps that name for itself", "write a .pt file instead"
             raise FileError("a tensor cannot be written as safetensors", name, why, fix)
-        end = at + math.prod(record.shape) * record.dtype.itemsize
+        end = at + size_of(record)
         offsets = [at, end]
         kind = NAMES[record.dtype]
         header[name] = {"dtype": kind, "shape": list(record.shape), "data_offsets": offsets}
@@ -91,10 +115,54 @@ def write_safetensors(package: Package, path: str | Path) -> None:
     def write(file: IO[bytes]) -> None:
         file.write(struct.pack("<Q", len(head)) + head)
         for name in order:
-            tensor = streams.dense(package.records[name], streams.thread_count())
+            tensor = streams.dense(records[name], streams.thread_count())
             file.write(streams.memory_of(tensor).data)
 
     write_atomic(Path(path), write)
+
+
+def size_of(record: Record) -> int:
+    """Return what a tensor takes when dense [bytes]."""
+    return math.prod(record.shape) * record.dtype.itemsize
+
+
+def write_shards(records: Mapping[str, Record], folder: Path, most: int = SHARD) -> list[Path]:
+    """Write tensors as `model.safetensors`, or in several files with an index beside them.
+
+    Args:
+        records: tensors by the names they shall have; written in this order.
+        folder: where to; it exists.
+        most: what a file may hold [bytes]; a larger tensor has a file of its own.
+
+    Raises:
+        FileError, RunError: as `write_records`.
+    """
+    shards: list[dict[str, Record]] = [{}]
+    held = 0
+    for name, record in records.items():
+        size = size_of(record)
+        if shards[-1] and held + size > most:
+            shards.append({})
+            held = 0
+        shards[-1][name] = record
+        held += size
+    if len(shards) == 1:
+        write_records(shards[0], folder / "model.safetensors")
+        return [folder / "model.safetensors"]
+    paths = [
+        folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for path, shard in zip(paths, shards, strict=True):
+        write_records(shard, path)
+    where = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
+    index = {
+        "metadata": {"total_size": sum(size_of(record) for record in records.values())},
+        "weight_map": dict(sorted(where.items())),
+    }
+    path = folder / "model.safetensors.index.json"
+    write_atomic(path, json.dumps(index, indent=2).encode() + b"\n")
+    return [*paths, path]
 
 
 def write_state(package: Package, path: str | Path) -> None:

@@ -9,6 +9,7 @@
     sparse  : varint(length) coded 0/1 mask; non-zeros in row order, raw or planes
     codebook: k - 1 as varint, k float32 centroids; coded index
     grid    : float32 step; [codec byte, varint(length), coded exponents]; coded symbols
+              (codec byte: bit 7 says that exponents of the columns follow those of the rows)
 
 Symbols are coded as the tensor's 2-D view `[shape[0], rest]`. What the payloads hold is read in
 `streams.py`, when it is wanted.
@@ -28,6 +29,7 @@ from lamina.codecs import planes
 from lamina.codecs.fields import varint
 from lamina.errors import FileError
 from lamina.forms import Codebook, Grid, Plain, Sparse, Values
+from lamina.forms.values import BOTH
 
 # the order is part of the format
 CODEC_IDS = ("raw", "rans", "adaptive", "context", "blocks", "huffman", "bloomier")
@@ -172,8 +174,10 @@ def _encode_grid(values: Grid) -> bytes:
     head = 3 | codec << 3
     extra = b""
     if values.exponents is not None:
-        head |= 0x40 | (values.axis << 7)
+        both = values.axis == BOTH
+        head |= 0x40 | (0 if both else values.axis << 7)
         exponent_codec, exponents = _code(matrix_view(values.exponents))
+        exponent_codec |= 0x80 * both
         extra = bytes([exponent_codec]) + varint(len(exponents)) + exponents
     return bytes([head]) + struct.pack("<f", values.step) + extra + data
 
@@ -193,7 +197,7 @@ class Record:
         centroids: codebook: float32 `[k]`.
         step: grid.
         exponents: grid: codec and bytes of the exponents.
-        axis: grid: the exponents' axis.
+        axis: grid: the exponents' axis, or `BOTH`.
     """
 
     form: str
@@ -245,16 +249,20 @@ def parse(body: memoryview, shape: tuple[int, ...], dtype: torch.dtype, where: s
     _check_float(dtype, where)
     number, at = _part(body, 1, 4)
     (step,) = struct.unpack("<f", number)
-    exponents = None
+    exponents, axis = None, head >> 7
     if head & 0x40:
         kind, at = _part(body, at, 1)
         length, at = read_varint(body, at)
         data, at = _part(body, at, length)
         if not shape or not math.prod(shape):
             raise FileError("a grid with exponents has no axes", where, "the file is damaged")
-        exponents = (_codec_name(kind[0]), data)
+        if kind[0] & 0x80:
+            if axis:
+                raise FileError("a grid's exponents have two axes", where, "the file is damaged")
+            axis = BOTH
+        exponents = (_codec_name(kind[0] & 0x7F), data)
     return Record(
-        "grid", name, shape, dtype, where, body[at:], step=step, exponents=exponents, axis=head >> 7
+        "grid", name, shape, dtype, where, body[at:], step=step, exponents=exponents, axis=axis
     )
 
 

@@ -35,9 +35,9 @@ def restore(package: Package, skeleton: nn.Module) -> nn.Module:
     Raises:
         FileError: the skeleton is not the one the file was made from, or a record is damaged.
     """
-    _edit(skeleton, package.edits)
+    install_edits(skeleton, package.edits)
     state = tensors_of(skeleton, meta=True)
-    _check_shapes(package.records, state)
+    check_shapes(package.records, state)
     _check_no_value_is_lost(skeleton, package.records)
     if _materialise(skeleton):
         state = tensors_of(skeleton)
@@ -60,8 +60,14 @@ def restore(package: Package, skeleton: nn.Module) -> nn.Module:
     return skeleton
 
 
-def _edit(skeleton: nn.Module, edits: Sequence[Edit]) -> None:
-    """Put in the structural edits; each alone is bounded, but not edits of what others made."""
+def install_edits(skeleton: nn.Module, edits: Sequence[Edit]) -> None:
+    """Put a file's structural edits into a skeleton, in place.
+
+    Each alone is bounded by what it replaces, but not edits of what others made.
+
+    Raises:
+        FileError: one does not fit the skeleton, or together they let it grow.
+    """
     limit = MOST_GROWTH * _elements(skeleton)
     for edit in edits:
         install(skeleton, [edit])
@@ -74,8 +80,12 @@ def _elements(module: nn.Module) -> int:
     return sum(t.numel() for t in (*module.parameters(), *module.buffers()))
 
 
-def _check_shapes(held: Mapping[str, Record], state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a skeleton that lacks one of the file's tensors, or has it otherwise."""
+def check_shapes(held: Mapping[str, Record], state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a skeleton that lacks one of the file's tensors, or has it otherwise.
+
+    Raises:
+        FileError: names the tensor.
+    """
     for name, record in held.items():
         tensor = state.get(name)
         if tensor is None:

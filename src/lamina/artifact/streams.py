@@ -25,7 +25,7 @@ from lamina.codecs import planes, raw
 from lamina.codecs.symbols import count_elements
 from lamina.errors import FileError
 from lamina.forms import Codebook, Grid, Plain, Sparse, Values
-from lamina.forms.values import exponent_scale
+from lamina.forms.values import BOTH, exponent_scale
 
 Bytes = NDArray[np.uint8]
 Task = Callable[[], None]
@@ -185,7 +185,8 @@ def _exponents(record: Record) -> torch.Tensor | None:
     if record.exponents is None:
         return None
     name, data = record.exponents
-    count = math.prod(record.shape[1:]) if record.axis else record.shape[0]
+    rows, columns = record.shape[0], math.prod(record.shape[1:])
+    count = (rows, columns, rows + columns)[record.axis]
     found = _join(_parts(name, data, (1, count)), count).astype(np.int32)
     if found.size and int(np.abs(found, dtype=np.int64).max()) > LARGEST_EXPONENT:
         raise FileError("a grid's exponent is out of range", record.where, "the file is damaged")
@@ -291,10 +292,13 @@ def _fill_codebook(record: Record, memory: Bytes) -> list[Task]:
 def _fill_grid(record: Record, memory: Bytes) -> list[Task]:
     step, columns = np.float32(record.step), 0
     exponents = _exponents(record)
-    scale = np.zeros(0, np.float32)
+    scale = last = np.zeros(0, np.float32)
     if exponents is not None:
-        scale = (exponent_scale(exponents) * torch.tensor(record.step, dtype=torch.float32)).numpy()
         columns = record.elements // record.shape[0]
+        if record.axis == BOTH:  # rows as they are, and columns without the step
+            exponents, others = exponents.split([record.shape[0], columns])
+            last = exponent_scale(others).numpy()
+        scale = (exponent_scale(exponents) * torch.tensor(record.step, dtype=torch.float32)).numpy()
 
     def write(symbols: NDArray[Any], at: int, out: NDArray[np.float32]) -> None:
         if not columns:
@@ -302,13 +306,18 @@ def _fill_grid(record: Record, memory: Bytes) -> list[Task]:
             return
         for a, b in _rows(at, at + symbols.size, columns):
             some, into = symbols[a - at : b - at], out[a - at : b - at]
-            if (b - a) % columns or a % columns:  # inside one row
-                first = a % columns
-                by = scale[first : first + b - a] if record.axis else scale[a // columns]
-            else:
+            whole = not ((b - a) % columns or a % columns)
+            if whole:
                 some, into = some.reshape(-1, columns), into.reshape(-1, columns)
-                by = scale if record.axis else scale[a // columns : b // columns, None]
+            first = a % columns  # of a part of one row; of whole rows 0
+            across = slice(first, first + (columns if whole else b - a))
+            if record.axis == 1:
+                by = scale[across]
+            else:
+                by = scale[a // columns : b // columns, None] if whole else scale[a // columns]
             np.multiply(some, by, out=into, dtype=np.float32)
+            if record.axis == BOTH:
+                np.multiply(into, last[across], out=into)
 
     def convert(part: codecs.Part) -> None:
         symbols = part.read()
