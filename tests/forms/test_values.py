@@ -60,5 +60,15 @@ def test_grid_exponents_run_along_their_axis_of_the_2d_view(axis: int) -> None:
     torch.testing.assert_close(dense, expected.reshape(2, 3, 2), rtol=2e-7, atol=0)
 
 
+def test_grid_exponents_along_both_axes_multiply() -> None:
+    symbols = torch.randint(-5, 6, (2, 3, 2), dtype=torch.int32)
+    rows, columns = torch.tensor([4, -3]), torch.tensor([4, 0, -4, 8, 0, 1])
+    exponents = torch.cat([rows, columns]).int()
+    dense = Grid(symbols, 0.5, exponents, 2, torch.float64).dense()
+    scale = 2.0 ** (rows.double()[:, None] / 4 + columns.double() / 4)
+    expected = symbols.reshape(2, 6).double() * 0.5 * scale
+    torch.testing.assert_close(dense, expected.reshape(2, 3, 2), rtol=3e-7, atol=0)
+
+
 def test_every_form_has_one_name() -> None:
     assert set(FORMS_OF_VALUES.values()) == {Plain, Sparse, Codebook, Grid}

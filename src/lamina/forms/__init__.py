@@ -2,6 +2,9 @@
 
 from lamina.forms.channels import Gather, check_indices
 from lamina.forms.edit import BUILDERS, Edit, builder, find_tensor, install
+from lamina.forms.half import build_bf16
+from lamina.forms.input_quantized import build_input_quantized
+from lamina.forms.integer import find_grid, grid_of
 from lamina.forms.low_rank import GroupedLinear
 from lamina.forms.merged import build_merged
 from lamina.forms.narrow import widths
@@ -22,12 +25,16 @@ __all__ = [
     "Plain",
     "Sparse",
     "Values",
+    "build_bf16",
+    "build_input_quantized",
     "build_merged",
     "build_tucker",
     "builder",
     "check_indices",
     "conv_weights",
+    "find_grid",
     "find_tensor",
+    "grid_of",
     "index_of",
     "install",
     "is_channels_last",

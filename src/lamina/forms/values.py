@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+BOTH = 2  # axes that exponents run along
 QUARTER_OCTAVES = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)  # 2^(0..3 / 4)
 
 
@@ -63,8 +64,9 @@ class Grid:
         symbols: int32, the tensor's shape.
         step: grid step, a float32 value.
         exponents: None, or int32 quarter-octave exponents along one axis of the 2-D view
-            `[shape[0], rest]` of the tensor.
-        axis: the axis the exponents run along: 0 (rows) or 1 (columns of the 2-D view).
+            `[shape[0], rest]` of the tensor, or along both: those of the rows, then those of the
+            columns.
+        axis: the axis the exponents run along: 0 (rows), 1 (columns of the 2-D view), or `BOTH`.
         dtype: of the dense tensor.
     """
 
@@ -79,8 +81,11 @@ class Grid:
         values = self.symbols.to(torch.float32)
         if self.exponents is None:
             return (values * step).to(self.dtype)
-        scale = exponent_scale(self.exponents) * step
         flat = values.reshape(values.shape[0], -1)
+        if self.axis == BOTH:  # two products, in this order
+            rows, columns = exponent_scale(self.exponents).split(list(flat.shape))
+            return (flat * (rows * step)[:, None] * columns).reshape(values.shape).to(self.dtype)
+        scale = exponent_scale(self.exponents) * step
         flat = flat * (scale[:, None] if self.axis == 0 else scale[None, :])
         return flat.reshape(self.symbols.shape).to(self.dtype)
 
