@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lamina.network.discover import discover
 from lamina.network.layers import describe
+from lamina.network.sites import as_matrix, from_matrix
+from lamina.network.source import Network
 
 
 class OwnForward(nn.Linear):
@@ -125,3 +128,38 @@ def test_encoder_layers_read_their_linears_raw():
 def test_others_are_no_layers():
     for module in (nn.BatchNorm2d(2), nn.LayerNorm(2), nn.Bilinear(2, 2, 2), nn.PReLU(), nn.ReLU()):
         assert describe("x", module, None) == ()
+
+
+class TinyExperts(nn.Module):
+    """Experts in one tensor, as `transformers` keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 4))
+        self.down = nn.Parameter(torch.randn(3, 4, 6))
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x, index):
+        made = torch.einsum("bd,bkfd->bkf", x, self.up[index]).relu()
+        return torch.einsum("bkf,bkdf->bd", made, self.down[index])
+
+
+class OneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = TinyExperts()
+
+    def forward(self, x, index):
+        return self.mlp(x, index)
+
+
+def test_experts_are_a_group_each():
+    net = OneBlock()
+    given = torch.randn(8, 4), torch.randint(0, 3, (8, 2))
+    sites = discover(Network(net, given))
+    assert [site.name for site in sites.layers] == ["mlp.up", "mlp.down"]
+    up = sites.layers[0]
+    assert up.matrix_shape == (3, 6, 4) and up.rigid and sites.rest == ("mlp.scale",)
+    assert torch.equal(from_matrix(up, as_matrix(up, net.mlp.up)), net.mlp.up)
+    # each of 8 samples meets 2 of the 3 experts: 2 matrices of 6 x 4
+    assert up.macs == 2 * 6 * 4
