@@ -56,9 +56,15 @@ def read_record(body, shape, dtype):
     scale, body = np.frombuffer(body[:4], "<f4"), body[4:]
     if flag:
         n, rest = varint(body[1:])
-        e = read_symbols(rest[:n], body[0], (1, view[axis]))[0]
+        both = body[0] >> 7
+        e = read_symbols(rest[:n], body[0] & 127, (1, sum(view) if both else view[axis]))[0]
         octaves = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])[e % 4]
-        scale, body = np.ldexp(octaves, e // 4).astype("<f4") * scale, rest[n:]
+        octaves, body = np.ldexp(octaves, e // 4).astype("<f4"), rest[n:]
+        if both:
+            rows, columns = octaves[: view[0]] * scale, octaves[view[0] :]
+            values = read_symbols(body, codec, view).astype("<f4") * rows[:, None] * columns
+            return rounded(values, dtype).reshape(shape)
+        scale = octaves * scale
         scale = scale if axis else scale[:, None]
     return rounded(read_symbols(body, codec, view).astype("<f4") * scale, dtype).reshape(shape)
 

@@ -303,6 +303,20 @@ def test_decompress_and_export_write_the_dense_tensors(
         assert all(torch.equal(found[key], state[key]) for key in state)
 
 
+def test_export_writes_onnx_and_refuses_a_folder_of_transformers(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    words = ("export", "run/net.lamina", "--to", "onnx", "-o", "n.onnx")
+    assert lamina(place, monkeypatch, *words, "--skeleton", "net.py:build") == 0
+    assert "checked  in onnxruntime" in capsys.readouterr().out
+    assert (place / "n.onnx").stat().st_size > 1000
+    assert lamina(place, monkeypatch, *words[:3], "hf", "-o", "folder") == 2
+    said = capsys.readouterr().err
+    assert "not a network of transformers" in said and said.count("\n") == 1
+    assert not (place / "folder").exists()
+
+
 def build(place: Path) -> torch.nn.Module:
     spec = importlib.util.spec_from_file_location("own_net", place / "net.py")
     assert spec is not None and spec.loader is not None
@@ -318,6 +332,12 @@ def test_bench_times_both(
     assert lamina(place, monkeypatch, *words) == 0
     out = capsys.readouterr().out
     assert re.search(r"before +\d+\.\d+ ms\nafter +\d+\.\d+ ms\n", out), out
+    words = ("bench", "net.py:build", "run/net.lamina", "--skeleton", "net.py:build", "--batch",
+             "3", "--seconds", "0.01", "--layers", "--json", "bench.json")  # fmt: skip
+    assert lamina(place, monkeypatch, *words) == 0
+    assert re.search(r"x the speed .* batch 3, 1 thread", capsys.readouterr().out)
+    found = json.loads((place / "bench.json").read_text())
+    assert found["batch"] == 3 and found["layers"] and found["original"] == "net.py:build"
 
 
 def test_methods_lists_cards_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,7 +388,7 @@ def help_page(capsys: pytest.CaptureFixture[str]) -> str:
         (["compress", "lenet-5", "--seed", "x"], "Invalid value for '--seed'"),
         (["plan", "lenet-5", "--samples", "0"], "Invalid value for '--samples'"),
         (["methods", "nix"], "unknown method"),
-        (["export", "x.lamina", "--to", "onnx", "-o", "x.onnx"], "comes with a later version"),
+        (["export", "x.lamina", "--to", "gguf", "-o", "x.gguf"], "there are safetensors, pt, hf"),
         (["report", "nowhere"], "nowhere"),
         (["compress", "lenet-5", "--recipe", "nix"], "unknown recipe at 'nix'; choose from "),
         (["compress", "lenet-5", "--recipe", "nix", "--set", "a=1"], "unknown recipe at 'nix'"),

@@ -17,12 +17,19 @@ import typer
 from lamina import cli_show as show
 from lamina.cli_options import (
     Against,
+    BatchSize,
     Box,
+    Compressed,
     DataName,
     Document,
     Explain,
+    ExportTo,
     File,
+    Integers,
+    JsonOut,
     Latency,
+    Layers,
+    Like,
     Lossless,
     LosslessStructure,
     Macs,
@@ -38,9 +45,14 @@ from lamina.cli_options import (
     Reuse,
     RunPath,
     Samples,
+    Seconds,
     Seed,
     Size,
     Skeleton,
+    Stream,
+    Threads,
+    Tokens,
+    Tolerance,
     read_budget,
     read_epochs,
     read_limits,
@@ -50,12 +62,13 @@ from lamina.cli_options import (
     read_structure,
 )  # fmt: skip
 from lamina.cli_run import carry_out, open_both, run_folder, write_dense
-from lamina.errors import DataError, FileError
+from lamina.errors import DataError
 
 TOP = """Compress a trained PyTorch network to a budget.
 
-MODEL is a zoo name (lenet-5), file.py:function (a function of yours that returns the network, or
-(network, example_inputs)), or a .lamina file. DATA is mnist-10k, file.npz (arrays x and y),
+MODEL is a zoo name (lenet-5), a Hugging Face folder (or a GGUF file), file.py:function (a function
+of yours that returns the network, or (network, example_inputs)), or a .lamina file. DATA is
+mnist-10k, file.npz (arrays x and y), text:FILE or jsonl:FILE (for folders with a tokenizer),
 images:FOLDER, or file.py:function (returns batches, or a dict of train / validation / test).
 
 \b
@@ -67,7 +80,8 @@ Examples:
   lamina methods                                         what Lamina can do to a network
 
 \b
-A run that was stopped, in any way, goes on when the same command is given again.
+A run that was stopped, in any way, goes on when the same command is given again. To train on
+several GPUs or processes: torchrun --nproc-per-node 2 -m lamina compress ...
 Exit codes: 0 done, 2 wrong input, 3 no plan fits the budget, 130 interrupted, 1 a fault of Lamina.
 """
 
@@ -134,7 +148,8 @@ def compress(
     recover: Recover = "auto", methods: Methods = None, metric: MetricName = None,
     samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, recipe: Recipe = None,
     settings: RecipeSettings = None, lossless: Lossless = False,
-    lossless_structure: LosslessStructure = False, box: Box = None, out: RunPath = None,
+    lossless_structure: LosslessStructure = False, box: Box = None, stream: Stream = None,
+    out: RunPath = None,
 ) -> None:  # fmt: skip
     """Go the whole way, from a network to a small file.
 
@@ -155,6 +170,7 @@ def compress(
             run, model, data, skeleton, budget, recover=read_epochs(recover),
             methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
             recipe=read_recipe(recipe, settings), lossless=lossless, lossless_structure=structure,
+            stream=stream,
         )  # fmt: skip
 
 
@@ -212,7 +228,7 @@ def apply(
 @app.command(epilog=_examples("recover lenet-5 plan.json --data mnist-10k --epochs 5 -o runs/x"))
 def recover(
     model: Model, document: Document, data: DataName = None,
-    epochs: Annotated[str, typer.Option(help="Passes over the training data, or auto.")] = "auto",
+    epochs: Annotated[str, typer.Option(help="Epochs, auto, or settings (see compress).")] = "auto",
     metric: MetricName = None, samples: Samples = 1000, seed: Seed = 0,
     skeleton: Skeleton = None, out: RunPath = None,
 ) -> None:  # fmt: skip
@@ -272,17 +288,26 @@ def report(
         show.say(f"report: {html}")
 
 
-@app.command(epilog=_examples("export net.lamina --to safetensors -o net.safetensors"))
+@app.command(
+    epilog=_examples(
+        "export net.lamina --to hf -o folder --like original   (plain from_pretrained opens it)",
+        "export net.lamina --to lamina-hf -o folder            (small; after import lamina.hf)",
+        "export net.lamina --to onnx -o net.onnx --int8        (checked in onnxruntime)",
+        "export net.lamina --to safetensors -o net.safetensors",
+    )
+)
 def export(
-    file: File, out: Out, to: Annotated[str, typer.Option(help="safetensors.")] = "safetensors"
-) -> None:
-    """Write a .lamina file in another format."""
-    if to != "safetensors":
-        raise FileError(
-            "cannot export", f"--to {to}", "this format comes with a later version",
-            "use --to safetensors, or lamina.load() and torch.onnx.export",
-        )  # fmt: skip
-    write_dense(file, out, "safetensors")
+    file: File, out: Out, to: ExportTo = "safetensors", like: Like = None, int8: Integers = None,
+    tolerance: Tolerance = None, skeleton: Skeleton = None,
+) -> None:  # fmt: skip
+    """Write a .lamina file in another format, whole or not at all.
+
+    hf: a folder for transformers, where layers kept their shapes. lamina-hf: a folder for it that
+    keeps the small file. onnx: refused where onnxruntime computes something else.
+    """
+    from lamina.exporting import export as go
+
+    show.say(go(file, out, to, like=like, skeleton=skeleton, int8=int8, tolerance=tolerance))
 
 
 @app.command(
@@ -300,22 +325,25 @@ def decompress(file: File, out: Out) -> None:
     write_dense(file, out)
 
 
-@app.command(epilog=_examples("bench net.lamina", "bench net.lamina --against lenet-5"))
+@app.command(
+    epilog=_examples("bench net.lamina", "bench ./minilm net.lamina --tokens 128 --layers")
+)
 def bench(
-    model: Model, against: Against = None, data: DataName = None, skeleton: Skeleton = None
+    model: Model, compressed: Compressed = None, against: Against = None, data: DataName = None,
+    skeleton: Skeleton = None, batch: BatchSize = 1, tokens: Tokens = 0, threads: Threads = 1,
+    seconds: Seconds = 10.0, layers: Layers = False, json: JsonOut = None,
 ) -> None:  # fmt: skip
-    """Time a network against its original.
+    """Time a network against its original, in turns.
 
-    In turns, one sample at a time, on one thread.
+    Give both, or a .lamina file that knows its original. With one thread the time is that of this
+    process, so what other programs take does not count.
     """
-    from lamina.report.compare import measure_latency
+    from lamina.cli_bench import compare
 
-    network, _ = open_both(model, data, skeleton)
-    original, _ = open_both(against or skeleton or show.origin_of(model), data, None)
-    found, why = measure_latency(original, network.module)
-    if found is None:
-        raise DataError("nothing to time the networks on", model, why, "give --data")
-    show.show_latency(found)
+    compare(
+        model, compressed, against, data, skeleton, batch=batch, tokens=tokens, threads=threads,
+        seconds=seconds, layers=layers, out=json,
+    )  # fmt: skip
 
 
 @app.command(epilog=_examples("methods", "methods alds"))

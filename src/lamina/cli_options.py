@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from lamina.plan import Budget
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Zoo name, file.py:function or .lamina file.")
+    str,
+    typer.Argument(metavar="MODEL", help="Zoo name, folder, file.py:function or .lamina file."),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A .lamina file.")]
 Document = Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, as `plan` wrote it.")]
 DataName = Annotated[
     str | None,
-    typer.Option("--data", help="mnist-10k, file.npz, images:FOLDER, file.py:function."),
+    typer.Option(
+        "--data", help="mnist-10k, x.npz, text:FILE, jsonl:FILE, images:FOLDER, file.py:function."
+    ),
 ]
 Size = Annotated[str | None, typer.Option(help="File size: 2%, 1/400, 12x (smaller), 4MB.")]
 Macs = Annotated[str | None, typer.Option(help="Multiply-accumulates: 50%, 2x (fewer), 300M.")]
@@ -31,7 +34,12 @@ Latency = Annotated[str | None, typer.Option(help="Time of a forward pass: 50%, 
 MaxDrop = Annotated[
     str | None, typer.Option(help="Points of the metric that may be lost, on validation data.")
 ]
-Recover = Annotated[str, typer.Option(help="Train afterwards: auto, none, or a number of epochs.")]
+Recover = Annotated[
+    str,
+    typer.Option(
+        help="Train afterwards: auto, none, a number of epochs, or settings: epochs=2,parts=scales."
+    ),
+]
 Methods = Annotated[
     str | None, typer.Option(help="Choose among these only, e.g. alds,rdoq; default: all.")
 ]
@@ -66,6 +74,13 @@ MetricName = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration samples to look at.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read a Hugging Face folder layer by layer; default: where memory is short.",
+    ),
+]
 Skeleton = Annotated[
     str | None,
     typer.Option(help="For a .lamina file of your own network: file.py:function that builds it."),
@@ -74,6 +89,16 @@ Against = Annotated[
     str | None,
     typer.Option(help="The original to compare with: a MODEL; default: the file's own."),
 ]
+Compressed = Annotated[
+    str | None,
+    typer.Argument(metavar="COMPRESSED", help="What was made of MODEL; without: MODEL is it."),
+]
+BatchSize = Annotated[int, typer.Option("--batch", help="Samples of one forward pass.")]
+Tokens = Annotated[int, typer.Option(help="Tokens of a sample; default: as in the example.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
+Seconds = Annotated[float, typer.Option(help="What timing may take, about.")]
+Layers = Annotated[bool, typer.Option("--layers", help="Also time each layer.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
 Explain = Annotated[
     str | None,
     typer.Option(metavar="LAYER", help="Say why: what was to choose for LAYER; all: in a line."),
@@ -84,6 +109,17 @@ Reuse = Annotated[
 ]
 RunPath = Annotated[Path | None, typer.Option("-o", "--out", help="Run folder.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The file to write.")]
+ExportTo = Annotated[str, typer.Option(help="safetensors, pt, hf, lamina-hf or onnx.")]
+Like = Annotated[
+    Path | None, typer.Option(help="Folders: the original one; its tokenizer comes along.")
+]
+Integers = Annotated[
+    bool | None,
+    typer.Option("--int8/--float", help="onnx: all linear layers, or none, in integers."),
+]
+Tolerance = Annotated[
+    float | None, typer.Option(help="onnx: how far outputs may be off, |onnx - torch| / |torch|.")
+]
 
 
 def read_budget(

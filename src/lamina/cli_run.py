@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def run_folder(folder: Path) -> Iterator[RunFolder]:
-    """Open a run folder; errors that leave it say which one it was."""
+def run_folder(folder: Path) -> Iterator[RunFolder | None]:
+    """Open a run folder; errors that leave it say which one it was.
+
+    Of several processes (`torchrun`, `accelerate launch`) the first one alone holds the folder; the
+    others get None.
+    """
     from lamina.run import open_run
 
+    if int(os.environ.get("RANK", "0")):
+        yield None
+        return
     try:
         with open_run(folder) as run:
             yield run
@@ -27,17 +35,36 @@ def run_folder(folder: Path) -> Iterator[RunFolder]:
 
 
 def carry_out(
-    run: RunFolder, model: str, data: str | None, skeleton: str | None, budget: Any, **settings: Any
-) -> None:
-    """Run `compress` into a run folder, and print its report."""
+    run: RunFolder | None, model: str, data: str | None, skeleton: str | None, budget: Any,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Run `compress` into a run folder, and print its report; without one, only help to train."""
     from lamina.compress import compress as go
 
-    network, loaders = open_both(model, data, skeleton)
+    if run is None:
+        return help_out(model, skeleton)
+    from lamina.streaming import why_stream
+
+    streams = skeleton is None and why_stream(model, settings.get("stream"))
+    network, loaders = (model, data) if streams else open_both(model, data, skeleton)
     with show.progress_bar() as watch:
         result = go(network, loaders, budget, run=run, watch=watch, **settings)
     show.say(result.report.table())
     show.say(f"\nnetwork  {run.path / 'net.lamina'}\nplan     {run.path / 'plan.json'}"
              f"\nreport   {run.path / 'report.html'}")  # fmt: skip
+
+
+def help_out(model: str, skeleton: str | None) -> None:
+    """Help the first process with its trainings; what goes wrong is for that one to say."""
+    from lamina.errors import LaminaError
+    from lamina.opening import open_model
+    from lamina.train.crew import Crew, assist
+
+    with suppress(LaminaError):
+        open_model(model, None, None, skeleton)  # a class of the user's must be known by its name
+    crew = Crew()
+    with suppress(LaminaError):
+        assist(crew)
 
 
 def open_both(
@@ -57,4 +84,4 @@ def write_dense(file: Path, out: Path, to: str = "") -> None:
     """Write the dense tensors of a file, and say which."""
     from lamina import artifact
 
-    show.show_written(artifact.decompress(file, out, to), out)
+    show.say(artifact.summary(artifact.decompress(file, out, to), out))

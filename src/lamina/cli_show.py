@@ -220,14 +220,6 @@ def show_package(path: str, package: Package) -> None:
         say(f"plan: {site}: {chain}")
 
 
-def show_written(package: Package, out: Path) -> None:
-    """Say what was written dense, and under which names where the network's layers have changed."""
-    say(f"{len(package.records)} tensors: {out}")
-    for edit in package.edits:
-        names = [name for name in package.records if name.startswith(f"{edit.path}.")]
-        say(f"{edit.path} became {edit.form}: {', '.join(names)}")
-
-
 def show_methods() -> None:
     """Print every method in a line."""
     from lamina.methods.base import registry, spanning
@@ -245,14 +237,6 @@ def show_methods() -> None:
 def card_of(method: Any) -> str:
     """Return a method's card: the docstring of its file."""
     return (sys.modules[type(method).__module__].__doc__ or method.name).strip()
-
-
-def show_latency(found: Mapping[str, Any]) -> None:
-    """Print what `measure_latency` found [s]."""
-    rows = [[name, f"{1000 * found[f'{name}_s']:.3f} ms"] for name in ("before", "after")]
-    print_table(["network", "median"], rows)
-    say(f"{found['ratio']:.2f}x the speed, {found['rounds']} interleaved rounds, "
-        f"batch {found['batch']}, {found['threads']} thread")  # fmt: skip
 
 
 def origin_of(model: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -42,8 +42,10 @@ from lamina.stages import (
     recovered_or_none,
     size_limit,
 )
+from lamina.streaming import compress_folder, refuse_beside, why_stream
 from lamina.structure import of_whole, refuse_with
 from lamina.train import Recovery
+from lamina.train.crew import led
 from lamina.verify import judged, planned, refit
 
 __all__ = [
@@ -80,6 +82,7 @@ class Result:
         write_atomic(Path(path), self.file)
 
 
+@led
 def compress(
     model: Any,
     data: Any = None,
@@ -95,10 +98,14 @@ def compress(
     recipe: Any = None,
     lossless: bool = False,
     lossless_structure: Any = None,
+    stream: bool | None = None,
     run: RunFolder | None = None,
     watch: Watch | None = None,
 ) -> Result:
     """Return the best network that fits the budget, with its file and its report.
+
+    Where it is called on several processes (`torchrun`, `accelerate launch`), the first one does
+    the work and owns the run folder, all of them train, and each returns the same result.
 
     Args:
         model: an `nn.Module`, a `Network`, a zoo name, `"file.py:function"` or a `.lamina` file.
@@ -107,7 +114,8 @@ def compress(
         budget: a `Budget`, or a size such as `"2%"`, `"4MB"` or `"12x"`.
         example_inputs: inputs of one forward pass; may be left out where data gives a batch.
         methods: names of the methods to choose from; default: all.
-        recover: `"auto"`, None (never train), a number of epochs, or a `Recovery`.
+        recover: `"auto"`, None (never train), a number of epochs, a `Recovery`, or its settings as
+            text, `"epochs=2,parts=scales"`.
         metric: a callable `(module, loader) -> points`, or a name; default: accuracy where there
             are labels, else agreement with the original.
         samples: of the calibration data.
@@ -122,6 +130,9 @@ def compress(
             network, for inputs in a box: `"LOW,HIGH"`, a pair of numbers (or of one sequence per
             channel), or True: the range of the data. Alone, it writes a smaller lossless file; with
             a budget, planning begins with the smaller network. Outside the box outputs may differ.
+        stream: read a Hugging Face folder layer by layer, and never hold it as a whole
+            (`lamina.streaming`); default: where it is larger than half of the free memory. The
+            result's `model` and `file` are then read from disk when they are asked for.
         run: an open run folder to keep stage outputs in, and to continue from.
         watch: called with (stage, done, total, text).
 
@@ -136,6 +147,17 @@ def compress(
         True
     """
     shapes = lossless_structure is not None and lossless_structure is not False
+    why = why_stream(model, stream)
+    if why:
+        refuse_beside(
+            recipe=recipe, lossless=lossless, recover=recover, metric=metric,
+            lossless_structure=lossless_structure, example_inputs=example_inputs,
+        )  # fmt: skip
+        streamed = compress_folder(
+            model, data, budget, methods=methods, samples=samples, seed=seed, decided=plan,
+            run=run, watch=watch, notes=[why],
+        )  # fmt: skip
+        return cast("Result", streamed)  # it has all that a Result has; file and model are on disk
     if shapes:
         refuse_with(recipe=recipe, plan=plan, lossless=lossless)
         if lossless_structure is not True:
@@ -175,6 +197,10 @@ def compress(
     with way.timed("apply"):
         edited = applied(way, chosen, sites, stats)
     limit = size_limit(way, chosen)
+    if way.recovery is not None and way.recovery.parts == "scales" and plan is None and limit:
+        # What is tuned only cannot be made to fit afterwards.
+        asked = way, sites, stats, candidates, chosen, edited, packed(edited, chosen), limit
+        chosen, edited, _ = refit(*asked)
     recovered = recovered_or_none(way, chosen, edited, limit)
     with way.timed("pack"):
         final = recovered.edited if recovered else edited
@@ -335,6 +361,8 @@ def _recovery(recover: Any, seed: int) -> tuple[Recovery | None, bool]:
         return None, False
     if recover == "auto":
         return Recovery(seed=seed), True
+    if isinstance(recover, str) and "=" in recover:
+        return Recovery.parse(recover, seed), False
     if isinstance(recover, Recovery):
         return recover, False
     if isinstance(recover, (int, float)) and not isinstance(recover, bool) and 0 <= recover < 1e6:

@@ -19,7 +19,9 @@ from lamina.network.pretrained import (
     build_pretrained,
     described,
     is_folder,
+    is_gguf,
     open_folder,
+    open_gguf,
 )
 from lamina.network.source import Network
 from lamina.run import write_atomic
@@ -48,12 +50,14 @@ def open_model(
     elif isinstance(model, (str, Path)) and str(model).endswith(".lamina"):
         package = artifact.read(model)
         made = open_network(skeleton) if skeleton is not None else None
-        network = made or replace(_skeleton(package.skeleton, str(model)), source=package.skeleton)
+        network = made or replace(_skeleton(package, str(model)), source=package.skeleton)
         # What is made of this network is rebuilt from the same skeleton, through the same edits.
         restored = artifact.restore(package, network.module)
         network = replace(network, module=restored, edits=tuple(package.edits), box=package.box)
     elif isinstance(model, (str, Path)) and is_folder(model):
         network = open_folder(model)
+    elif isinstance(model, (str, Path)) and is_gguf(model):
+        network = open_gguf(model)
     elif isinstance(model, str) and ".py" not in model:
         raise NetworkError(
             "unknown network", repr(model), f"the zoo has {', '.join(names())}",
@@ -87,7 +91,7 @@ def _example(data: Data) -> dict[str, Any]:
     return {}
 
 
-def _skeleton(source: str, where: str, trust: Sequence[str] = ()) -> Network:
+def _skeleton(package: artifact.Package, where: str, trust: Sequence[str] = ()) -> Network:
     """Rebuild a network's skeleton from what a file says of it.
 
     Raises:
@@ -95,17 +99,23 @@ def _skeleton(source: str, where: str, trust: Sequence[str] = ()) -> Network:
     """
     from lamina.zoo import names, untrained
 
+    source = package.skeleton
     kind, _, name = source.partition(":")
     if kind == "zoo" and name in names():
         return untrained(name)
     if source.startswith(PREFIX):
-        return described(build_pretrained(source))
+        return described(build_pretrained(source, _held(package)))
     if kind == "python" and source in trust:
         return open_network(name)
     raise FileError(
         "the file does not say how to rebuild its network", where, f"its skeleton is {source!r}",
         "give skeleton=YourNet(), or on the command line --skeleton file.py:function",
     )  # fmt: skip
+
+
+def _held(package: artifact.Package) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of what a file holds, by name."""
+    return {name: (record.shape, record.dtype) for name, record in package.records.items()}
 
 
 def load(
@@ -130,9 +140,9 @@ def load(
     if skeleton is None and kind == "zoo" and name in names():
         skeleton = build(name)
     elif skeleton is None and package.skeleton.startswith(PREFIX):
-        skeleton = build_pretrained(package.skeleton)
+        skeleton = build_pretrained(package.skeleton, _held(package))
     if skeleton is None:
-        skeleton = _skeleton(package.skeleton, str(path), trust).module
+        skeleton = _skeleton(package, str(path), trust).module
     return artifact.restore(package, skeleton).eval()
 
 

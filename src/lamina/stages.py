@@ -21,6 +21,7 @@ from lamina.measure.span_latency import measure_spans
 from lamina.measure.spectra import cached
 from lamina.measure.stats import Cost, Stats
 from lamina.measure.store import dump_stats, parse_stats
+from lamina.methods.base import spanning
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan import Budget, Candidates, Edited, Plan, apply, plan, propose
@@ -124,13 +125,15 @@ def measured(way: Way, sites: Sites) -> Stats:
     if loader is None:
         return Stats(network=way.base.digest(), notes=("data-free",))
     with way.timed("measure") as note:
-        key = key_of("stats", way.base.digest(), data_key(way.data), way.samples, way.seed)
+        cross = way.methods is None or any(name in spanning() for name in way.methods)
+        asked = way.base.digest(), data_key(way.data), way.samples, way.seed, way.base.loss
+        key = key_of("stats", *asked, *(() if cross else ("no cross",)))
 
         def make() -> bytes:
             return dump_stats(
                 calibrate(
                     way.base, sites, way.data, samples=way.samples, seed=way.seed,
-                    progress=way.say("measure"),
+                    cross=cross, progress=way.say("measure"),
                 )
             )  # fmt: skip
 
@@ -155,12 +158,16 @@ def offered(way: Way, sites: Sites, stats: Stats) -> Candidates:
         # Where bytes are not limited, what only changes how values are stored has nothing to offer.
         count = way.budget.size is not None or way.budget.max_drop is not None
         asked = stats.network, data_key(way.data), stats.samples, way.seed, way.methods, count
-        key = key_of("offers", *asked)
+        seconds = way.budget.latency is not None
+        key = key_of("offers", *asked, *(("seconds",) if seconds else ()))
 
         def make() -> bytes:
             tell = way.say("propose")
             with cached(way.folder.path / "spectra" if way.folder else None):
-                offers = propose(way.base, sites, stats, way.methods, tell, bytes_count=count)
+                offers = propose(
+                    way.base, sites, stats, way.methods, tell, bytes_count=count,
+                    seconds_count=seconds,
+                )  # fmt: skip
                 return dump_candidates(offers)
 
         found = parse_candidates(way.stored("candidates", key, ".json", make, note))
@@ -249,14 +256,19 @@ def noted(
 
 
 def metric_of(way: Way) -> Any:
-    """Return the user's metric, or the natural one: accuracy with labels, else agreement."""
+    """Return the user's metric, or the natural one: accuracy with labels, else agreement.
+
+    Language models are judged by their perplexity, embeddings by their cosine with the original's.
+    """
     if way.metric != "auto":
         return way.metric
+    if way.network.loss == "embedding":
+        return "embedding"
     loader = (way.data.validation or way.data.calibration) if way.data else None
     for batch in loader or ():
         labels = labels_of(batch)
         if labels is not None and not labels.is_floating_point() and way.network.loss != "features":
-            return "accuracy"
+            return "perplexity" if way.network.task == "causal" else "accuracy"
         break
     return "agreement"
 

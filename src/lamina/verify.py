@@ -111,7 +111,7 @@ def on_grid(candidate: Candidate) -> bool:
 
 def squeezable(way: Way, candidates: Candidates) -> bool:
     """Whether recovery with rate pressure will run, and every site can be held on a grid."""
-    trains = way.recovery is not None and way.recovery.rate and way.data is not None
+    trains = way.recovery is not None and way.recovery.squeezes and way.data is not None
     if not trains or way.data is None or way.data.train is None:
         return False
     return all(any(map(on_grid, offers)) for offers in candidates.values() if not of_span(offers))
@@ -309,7 +309,10 @@ def refit(
     for _ in range(REFITS):
         if len(file) <= limit and fast:
             break
-        wanted -= max(0, len(file) - limit + 8)
+        if len(file) > limit:
+            # From what the plan was to take, where that is less than was asked for: or the same
+            # plan would come again.
+            wanted = min(wanted, chosen.predicted.bits / 8) - (len(file) - limit + 8)
         budget = replace(way.budget, size=wanted, latency=way.seconds)
         try:
             tighter = solved(way, sites, stats, candidates, budget)

@@ -456,3 +456,14 @@ def test_an_empty_tensor_has_no_data() -> None:
         context.decode(b"\0", (0, 4))
     with pytest.raises(FileError):
         context.decode(b"", (1, 4))
+
+
+def test_contexts_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    spots = np.kron(draw.integers(0, 2, (9, 7)), np.ones((10, 10)))  # what stands above tells much
+    grid = np.rint(3 * spots * draw.normal(size=spots.shape)).clip(-9, 9).astype(np.int32)
+    whole = context.encode(grid)
+    assert whole[0] & 3 == context.ABOVE
+    for piece in (1, 70, 1000):
+        monkeypatch.setattr(context, "PIECE", piece)
+        assert context.encode(grid) == whole

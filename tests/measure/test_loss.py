@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina.measure.loss import Loss, decide_loss, divergence, pseudo_loss
+from lamina.measure.loss import (
+    Loss,
+    decide_loss,
+    divergence,
+    pooled,
+    pseudo_loss,
+    relative_level,
+)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -48,3 +55,51 @@ def test_what_outputs_are() -> None:
     assert decide_loss("auto", None, out, torch.full((4, 7), 10)) == Loss("features")
     assert decide_loss("auto", None, out, torch.zeros(4, 7)) == Loss("features")
     assert decide_loss("logits", None, torch.zeros(4, 1), None) == Loss("features")
+
+
+def embeddings(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(5, 7, 4, generator=generator)
+    mask = (torch.arange(7) < torch.arange(3, 8)[:, None]).long()
+    return tokens, mask
+
+
+def test_embeddings_are_mean_directions_without_padding() -> None:
+    tokens, mask = embeddings(0)
+    wanted = torch.stack([
+        torch.nn.functional.normalize(t[: int(m.sum())].mean(0), dim=0)
+        for t, m in zip(tokens, mask, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(pooled(tokens, mask), wanted)
+    padded = torch.where(mask[..., None] == 0, torch.full_like(tokens, torch.nan), tokens)
+    torch.testing.assert_close(pooled(padded, mask), wanted)
+    torch.testing.assert_close(pooled(tokens), pooled(tokens, torch.ones(5, 7)))
+    assert not torch.allclose(pooled(tokens), wanted)  # the control: padding does matter
+    torch.testing.assert_close(pooled(wanted), wanted)
+
+
+def test_divergence_of_embeddings_is_one_minus_the_cosine() -> None:
+    (a, mask), (b, _) = embeddings(1), embeddings(2)
+    found = divergence(Loss("embedding"), a, b, mask)
+    cosine = (pooled(a, mask) * pooled(b, mask)).sum(1)
+    torch.testing.assert_close(found.float(), 1 - cosine, atol=1e-6, rtol=1e-5)
+    assert relative_level(Loss("embedding"), a) == pytest.approx(0.0025)
+    assert decide_loss("embedding", None, a, None) == Loss("embedding")
+
+
+def test_gradients_of_embeddings_have_the_curvature_of_the_divergence() -> None:
+    tokens, mask = embeddings(3)
+    tokens = tokens[:1].double().requires_grad_()
+    moment = torch.zeros(28, 28, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draws = 4000
+    for _ in range(draws):
+        scalar = pseudo_loss(Loss("embedding"), tokens, generator, mask[:1])
+        (g,) = torch.autograd.grad(scalar, tokens)
+        moment += torch.outer(g.flatten(), g.flatten()) / draws
+    assert not bool(moment.reshape(7, 4, 7, 4)[3:].any()), "padding has no gradient"
+    before = tokens.detach()
+    hessian = torch.autograd.functional.hessian(
+        lambda t: 0.5 * (pooled(t, mask[:1]) - pooled(before, mask[:1])).square().sum(), before
+    )
+    torch.testing.assert_close(moment, hessian.reshape(28, 28), atol=0.02, rtol=0.1)

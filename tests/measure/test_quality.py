@@ -111,3 +111,48 @@ def test_equal_networks() -> None:
 def test_outputs_of_different_shape() -> None:
     with pytest.raises(DataError, match="differ in shape"):
         fidelity(nn.Identity(), nn.Linear(3, 2), [LOGITS])
+
+
+class Padded(nn.Module):
+    """Gives what it is given; what lies where nothing counts must not matter."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return x
+
+
+def padded(tokens: Tensor, far: float) -> tuple[Tensor, Tensor]:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    return torch.where(mask[..., None] == 1, tokens, torch.full_like(tokens, far)), mask
+
+
+class Moved(nn.Module):
+    """Changes tokens that count a little, and padding a lot."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        kept = attention_mask[..., None] == 1
+        return torch.where(kept, x + torch.tensor([0.0, 0.5, 0.0]), -7 * x)
+
+
+def test_padding_does_not_count() -> None:
+    tokens = torch.tensor([[[2.0, 0, 0], [0, 2, 0], [1, 1, 1]], [[0, 0, 2], [1, 1, 1], [1, 1, 1]]])
+    found = []
+    for far in (1.0, 50.0):
+        x, mask = padded(tokens, far)
+        batch = {"x": x, "attention_mask": mask}
+        found.append(
+            [evaluate(Moved(), [batch], name, original=Padded())
+             for name in ("cosine", "embedding", "agreement", "sqnr")]
+        )  # fmt: skip
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert found[0][2] == 100.0
+    # two samples by hand: the means over tokens that count, and their cosines
+    a, b = (torch.tensor(v) for v in ([[1.0, 1, 0], [0, 0, 2]], [[1.0, 1.5, 0], [0, 0.5, 2]]))
+    assert found[0][1] == pytest.approx(float(F.cosine_similarity(a, b).mean()), abs=1e-6)
+
+
+def test_cosine_of_tokens_that_count_by_hand() -> None:
+    x, mask = padded(torch.ones(2, 3, 3), 9.0)
+    batch = {"x": x, "attention_mask": mask}
+    same = torch.tensor([1.0, 1.5, 1.0])
+    wanted = float(F.cosine_similarity(torch.ones(3), same, dim=0))
+    assert evaluate(Moved(), [batch], "cosine", original=Padded()) == pytest.approx(wanted)

@@ -277,7 +277,8 @@ def test_it_is_a_final_method_for_layers() -> None:
 @pytest.mark.parametrize("name, scale", [
     ("linear", "rows"), ("linear", "columns"), ("transposed", "rows"), ("transposed", "columns"),
     ("grouped conv", "rows"), ("conv transpose", "columns"),
-    ("embedding", "rows"), ("embedding", "columns"),
+    ("embedding", "rows"), ("embedding", "columns"), ("linear", "both"), ("embedding", "both"),
+    ("transposed", "both"),
 ])  # fmt: skip
 def test_spread_steps_reach_the_file_along_the_right_axis(name: str, scale: str) -> None:
     site, network, stats = case(name)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import nn
 
 from lamina.artifact.records import encode
-from lamina.forms import Codebook, Edit, Grid, Plain
+from lamina.forms import Codebook, Edit, Grid, Plain, Values
 from lamina.train.fit import SMALL, estimated_bytes, fit, held_bytes
 from lamina.train.hold import HeldGrid, HeldNetwork
 
@@ -84,3 +87,25 @@ def test_only_the_smallest_levels_become_zero(net: HeldNetwork) -> None:
     assert moved.any()
     assert not tight.symbols[moved].any()
     assert float(size[moved].max()) <= float(size[stayed].min()) + 1e-6
+
+
+def test_large_networks_are_fitted_by_estimates(
+    net: HeldNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("lamina.train.fit")
+    whole, least = held_bytes(net.release()), held_bytes(fit(net, 0))
+    counted: list[int] = []
+
+    def count(values: Mapping[str, Values]) -> int:
+        counted.append(1)
+        return held_bytes(values)
+
+    monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(module, "held_bytes", count)
+    for share in (0.95, 0.7, 0.4):
+        counted.clear()
+        room = least + share * (whole - least)
+        size = held_bytes(fit(net, room))
+        assert room - 0.08 * (whole - least) - 8 <= size <= room
+        assert 2 <= len(counted) <= 5  # instead of fourteen
+    assert held_bytes(fit(net, 0)) == least  # what estimates cannot reach is looked for exactly

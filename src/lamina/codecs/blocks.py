@@ -43,14 +43,24 @@ def encode(symbols: NDArray[Any], *, block: int = BLOCK, backend: str = "auto") 
         >>> decode(code, (10,)).tolist(), [start for start, _, _ in pieces(code, (10,))]
         ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 4, 8])
     """
-    heads, bodies = [], []
-    for piece in _split(check_symbols(symbols), block):
-        code = (1, rans.encode(piece, backend=backend))
-        if context.suits(piece) and context.choose(piece)[1] < len(code[1]):
-            code = min(code, (3, context.encode(piece, backend=backend)), key=lambda c: len(c[1]))
-        heads.append(bytes([code[0]]) + varint(len(code[1])))
-        bodies.append(code[1])
-    return varint(len(heads)) + b"".join(heads) + b"".join(bodies)
+    return assemble([encode_piece(p, backend) for p in _split(check_symbols(symbols), block)])
+
+
+def encode_piece(piece: NDArray[Any], backend: str = "auto") -> tuple[int, bytes]:
+    """Return one piece `[rows, cols]` as its codec's byte and its code.
+
+    Whoever cannot hold a whole tensor codes the pieces that `cuts` tells one by one.
+    """
+    code = (1, rans.encode(piece, backend=backend))
+    if context.suits(piece) and context.choose(piece)[1] < len(code[1]):
+        code = min(code, (3, context.encode(piece, backend=backend)), key=lambda c: len(c[1]))
+    return code
+
+
+def assemble(codes: Sequence[tuple[int, bytes]]) -> bytes:
+    """Return a whole code from those of its pieces."""
+    heads = [bytes([codec]) + varint(len(code)) for codec, code in codes]
+    return varint(len(heads)) + b"".join(heads) + b"".join(code for _, code in codes)
 
 
 def decode(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> NDArray[Any]:
@@ -102,6 +112,11 @@ def pieces(data: bytes, shape: Sequence[int], *, backend: str = "auto") -> list[
     return found
 
 
+def count_pieces(size: int, block: int = BLOCK) -> int:
+    """Return into how many pieces a tensor of so many symbols is cut."""
+    return max(1, -(-size // block))
+
+
 def cuts(sides: tuple[int, int], count: int) -> list[tuple[int, int, int]]:
     """Return rows, columns and first symbol of each of `count` pieces.
 
@@ -124,7 +139,7 @@ def cuts(sides: tuple[int, int], count: int) -> list[tuple[int, int, int]]:
 def _split(array: Symbols, block: int) -> Iterator[Symbols]:
     """Yield the pieces of a tensor as matrices."""
     sides = matrix_sides(array.shape)
-    for rows, cols, start in cuts(sides, max(1, -(-array.size // block))):
+    for rows, cols, start in cuts(sides, count_pieces(array.size, block)):
         yield array.reshape(-1)[start : start + rows * cols].reshape(rows, cols)
 
 

@@ -24,7 +24,7 @@ class and the size of the symbols above.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,7 @@ CLASSES = (2, 4, 8)
 MOST_COUNTS = 1 << 24  # in the histograms of rows; a longer side is not split into classes
 LEAST = 4096  # symbols; below, tables and classes cost more than they save
 SMALLEST_ABOVE = 1024  # symbols
+PIECE = 1 << 20  # symbols whose contexts are in memory at a time
 SPARSE = 0.5  # density up to which gaps are considered
 FASTER = 1.01  # gaps may be this much longer than rows, because they decode faster
 SLOWER = 0.99  # what stands above must save this much, because it decodes slower
@@ -264,10 +265,22 @@ def _best_above(grid: Symbols, layout: Layout) -> tuple[Layout, float]:
 def _above_counts(grid: Symbols, layout: Layout) -> Ints:
     """Return how often each value occurs in each class and context [classes * contexts, values]."""
     most = int(layout.classes.max()) + 1
-    table = (layout.classes[:, None] * CONTEXTS + contexts_above(grid)) * layout.count
-    table += grid - np.int64(layout.low)
-    hits = np.bincount(table.reshape(-1), minlength=most * CONTEXTS * layout.count)
+    hits = np.zeros(most * CONTEXTS * layout.count, dtype=np.int64)
+    for _, index in _indices_above(grid, layout):
+        hits += np.bincount(index, minlength=hits.size)
     return hits.reshape(-1, layout.count)
+
+
+def _indices_above(grid: Symbols, layout: Layout) -> Iterator[tuple[int, Ints]]:
+    """Yield the first symbol and the table entries of a few rows at a time, class by context."""
+    rows, cols = grid.shape
+    step = max(1, PIECE // max(cols, 1))
+    for start in range(0, rows, step):
+        stop, above = min(start + step, rows), min(start, 1)
+        contexts = contexts_above(grid[start - above : stop])[above:]
+        table = (layout.classes[start:stop, None] * CONTEXTS + contexts) * layout.count
+        table += grid[start:stop] - np.int64(layout.low)
+        yield start * cols, table.reshape(-1)
 
 
 def _encode_rows(grid: Symbols, layout: Layout, backend: str) -> bytes:
@@ -299,9 +312,10 @@ def _encode_rows(grid: Symbols, layout: Layout, backend: str) -> bytes:
     payload += extra
     lanes = count_lanes(payload / 8)
     if layout.way == ABOVE:
-        table = (classes[:, None] * CONTEXTS + contexts_above(grid)).reshape(-1) * count
         look = _lookup(freqs[0], np.zeros(1, np.int64), precision, np.array([grid.size]))
-        index = table + (grid.reshape(-1) - np.int64(low))
+        index = np.empty(grid.size, dtype=np.int64)
+        for start, part in _indices_above(grid, layout):
+            index[start : start + part.size] = part
     elif layout.way == ROWS:
         look = _lookup(freqs[0], classes, precision, np.arange(1, rows + 1) * cols)
         index = grid.reshape(-1) - np.int32(low)

@@ -19,7 +19,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_images(folder: Path, example: Any = None, batch_size: int = 64) -> Data:
+Moments = tuple[list[float], list[float], float]
+
+
+def load_images(
+    folder: Path, example: Any = None, batch_size: int = 64, moments: Moments | None = None
+) -> Data:
     """Open a folder with one folder of PNG or JPEG files a class.
 
     `FOLDER/<class>/*.jpg` is split 80 / 10 / 10 from a fixed seed; `FOLDER/train/<class>/*.jpg`
@@ -32,6 +37,8 @@ def load_images(folder: Path, example: Any = None, batch_size: int = 64) -> Data
         example: an input [b, c, h, w] of the network: images are scaled and cropped to its size
             and turned grey where it has one channel. Without it they must all have one size.
         batch_size: samples a batch.
+        moments: mean and standard deviation by channel and the scale of a pixel, where the network
+            was trained with others than ImageNet's and 1/255.
 
     Raises:
         DataError: no folder, no images, an image that cannot be read, or images of several sizes.
@@ -59,7 +66,7 @@ def load_images(folder: Path, example: Any = None, batch_size: int = 64) -> Data
         x, y = _read(folder, classes, channels, size)
         arrays = {"x": x, "y": y}
     data = split_arrays(arrays, str(folder), batch_size)
-    prepare = _normalize(next(iter(arrays.values())).shape[1])
+    prepare = _normalize(next(iter(arrays.values())).shape[1], moments or (MEAN, STD, 1 / 255))
     for loader in (data.train, data.calibration, data.validation, data.test):
         if isinstance(loader, TensorLoader):
             loader.prepare = prepare
@@ -129,9 +136,13 @@ def _decode(file: Path, channels: int | None, size: tuple[int, int] | None) -> n
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _normalize(channels: int) -> Callable[[Tensor], Tensor]:
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+def _normalize(channels: int, moments: Any) -> Callable[[Tensor], Tensor]:
+    mean, std = torch.tensor(moments[0]), torch.tensor(moments[1])
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-    mean, std = mean[:, None, None], std[:, None, None]
-    return lambda images: (images.to(torch.float32) / 255 - mean) / std
+    elif len(mean) == 1:
+        mean, std = mean.expand(channels), std.expand(channels)
+    mean, std, scale = mean[:, None, None], std[:, None, None], float(moments[2])
+    if scale == 1 / 255:
+        return lambda images: (images.to(torch.float32) / 255 - mean) / std
+    return lambda images: (images.to(torch.float32) * scale - mean) / std

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.data.arrays import split_arrays
-from lamina.data.batches import as_data, inputs_of
+from lamina.data.batches import inputs_of
+from lamina.data.functions import call_function, is_function
 from lamina.data.images import load_images
+from lamina.data.jsonl import load_jsonl
 from lamina.data.loaders import Data, TensorLoader
 from lamina.data.mnist import load_mnist
+from lamina.data.named import check_classes, image_moments, main_name, split_named, with_names
 from lamina.data.text import load_text
-from lamina.errors import DataError, LaminaError
+from lamina.errors import DataError
 from lamina.network.source import Network
 
-KINDS = "use mnist-10k, file.npz, images:FOLDER, text:FILE or file.py:function"
+KINDS = "use mnist-10k, file.npz, images:FOLDER, text:FILE, jsonl:FILE, file.py:function"
 
 
 def load(spec: str, example: Any = None, network: Network | None = None) -> Data:
@@ -31,12 +32,15 @@ def load(spec: str, example: Any = None, network: Network | None = None) -> Data
             `mnist-10k`, the digits that ship with the package;
             `file.npz`, arrays `x [n, ...]` and optionally `y [n, ...]`, taken as they are and split
             80 / 10 / 10 from a fixed seed, or `x_train`, `y_train`, `x_validation`, ..., `x_test`;
-            `text:FILE`, for a network from a Hugging Face folder, whose tokenizer cuts it (see
-            `load_text`);
+            `text:FILE` or `jsonl:FILE`, for a network from a Hugging Face folder, whose tokenizer
+            cuts it (see `load_text`, `load_jsonl`); `text:FILE?tokens=256` says how long samples
+            are, `text:FILE?tokenizer=FOLDER` where the tokenizer lies (for a `.lamina` file), and
+            `&` goes between the two;
             `images:FOLDER`, one folder of PNG or JPEG a class (see `load_images`);
-            `file.py:function`, a function of yours that takes nothing and returns what `as_data`
-            takes. The file is run: give only files you trust.
-        network: that the data are for; text needs its tokenizer.
+            `file.py:function` or `package.module:function`, a function of yours that takes nothing,
+            or the network, and returns what `as_data` takes. It is run: give only code you trust.
+        network: that the data are for. Text needs its tokenizer; networks of `transformers` get
+            dicts, and arrays may be called what they call their inputs.
         example: an example input of the network, or a tuple of them, if there is one; images are
             scaled to it, and arrays of another shape are refused.
 
@@ -52,30 +56,54 @@ def load(spec: str, example: Any = None, network: Network | None = None) -> Data
     if isinstance(example, (tuple, list)):
         example = example[0] if example else None
     kind, _, rest = spec.partition(":")
-    path, _, function = spec.rpartition(":")
+    main = main_name(network)
+    if example is None and network is not None and main == "pixel_values":
+        example = network.example_kwargs.get(main)
     if spec == "mnist-10k":
         data = load_mnist()
     elif kind == "images":
-        data = load_images(Path(rest), example)
-    elif kind == "text":
-        _must_exist(Path(rest))
+        data = load_images(Path(rest), example, moments=image_moments(network))
+    elif kind in ("text", "jsonl"):
+        path, options = _options(rest, spec)
+        _must_exist(path)
         if network is None:
             raise DataError("text needs a network", spec, "its tokenizer cuts the text", "name one")
-        data = load_text(Path(rest), network)
-    elif path.endswith(".py"):
-        data = _call(Path(path), function)
+        network = replace(network, folder=options.get("tokenizer", network.folder))
+        tokens = int(options["tokens"]) if "tokens" in options else None
+        data = (load_text if kind == "text" else load_jsonl)(path, network, tokens)
+        return check_classes(data, network, spec)
     elif spec.endswith(".npz"):
-        data = load_npz(Path(spec), example)
+        data = load_npz(Path(spec), example, network)
+    elif is_function(spec):
+        return call_function(spec, network)
     elif spec.endswith(".py"):
         raise DataError("no function named", spec, fix=f"write {spec}:FUNCTION")
     else:
         raise DataError("unknown data", repr(spec), fix=KINDS)
+    if main and network is not None and spec != "mnist-10k":
+        return check_classes(with_names(data, network), network, spec)
     _must_fit(data, example, spec)
     return data
 
 
-def load_npz(path: Path, example: Any = None) -> Data:
+def _options(text: str, spec: str) -> tuple[Path, dict[str, str]]:
+    """Return a file and the options that its name ends with."""
+    name, mark, rest = text.rpartition("?")
+    if not mark or Path(text).is_file():
+        return Path(text), {}
+    options = dict(part.partition("=")[::2] for part in rest.split("&"))
+    if not all(options.get(key) for key in options) or not set(options) <= {"tokens", "tokenizer"}:
+        raise DataError("cannot read data", repr(spec), f"?{rest}", "write ?tokens=64, say")
+    tokens = options.get("tokens", "2")
+    if not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10):
+        raise DataError("bad number of tokens", repr(tokens), "", "write ?tokens=64, say")
+    return Path(name), options
+
+
+def load_npz(path: Path, example: Any = None, network: Network | None = None) -> Data:
     """Open a NumPy archive with `x` and optionally `y`, or with `x_train`, `y_train` and so on.
+
+    For a network of `transformers` arrays may also be called what it calls its inputs.
 
     Floats become float32 (or the example's dtype), integers int64 unless the example is floating.
     Nothing is unpickled.
@@ -102,7 +130,7 @@ def load_npz(path: Path, example: Any = None) -> Data:
     dtype = example.dtype if isinstance(example, Tensor) else None
     floating = dtype if dtype is not None and dtype.is_floating_point else None
     tensors = {key: _as_tensor(array, key, path, floating) for key, array in arrays.items()}
-    return split_arrays(tensors, str(path))
+    return split_named(tensors, str(path), network)
 
 
 def _as_tensor(array: np.ndarray, key: str, path: Path, floating: torch.dtype | None) -> Tensor:
@@ -117,37 +145,6 @@ def _as_tensor(array: np.ndarray, key: str, path: Path, floating: torch.dtype | 
         bad = int((~tensor.isfinite()).sum())
         raise DataError("NaN or infinity in the data", f"{path} {key}", f"{bad} values", "clean it")
     return tensor.to(dtype)
-
-
-def _call(path: Path, function: str) -> Data:
-    """Run the user's file and call their function."""
-    _must_exist(path)
-    where = f"{path}:{function}"
-    name = f"lamina_user_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None  # the suffix is .py
-    module = importlib.util.module_from_spec(found)
-    # Data classes and DataLoader workers look their module up by name, so it has to be there; and
-    # the file's neighbours are found as when the file is run by itself.
-    sys.modules[name] = module
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        found.loader.exec_module(module)
-        made = getattr(module, function, None)
-        if not callable(made):
-            raise DataError("no such function", where, fix=f"define {function}() in {path.name}")
-        data = as_data(made())
-    except LaminaError:
-        raise
-    except Exception as error:
-        raise DataError(
-            "the data function failed", where, f"{type(error).__name__}: {error}"
-        ) from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    if data is None:
-        raise DataError("the data function returned None", where, fix="return loaders or batches")
-    return data
 
 
 def _must_exist(path: Path) -> None:

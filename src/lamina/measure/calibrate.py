@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lamina.data import as_data, size_of
 from lamina.errors import DataError
 from lamina.measure.columns import (
+    counted,
     gradient_columns,
     input_columns,
     main_tensor,
@@ -26,12 +27,15 @@ from lamina.measure.loss import Loss, decide_loss, pick_temperature, pseudo_loss
 from lamina.measure.moments import Moment, add_columns, empty_moment, is_finite, layer_stats
 from lamina.measure.probe import Probe, collect_probe, measure_scale, probe_size, unit_of
 from lamina.measure.stats import LayerStats, Stats
+from lamina.measure.tied import combine_uses
+from lamina.measure.tokens import expected_counts, relative_power
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network, main_output
 
 # A layer looks at this many columns per unit of width, at least and at most, over the whole pass:
 # sampling noise of a moment falls with columns over width, its cost rises with both.
 COLUMNS_PER_WIDTH, FEWEST, MOST = 64, 32_000, 200_000
+LOOKUP = "lookup"  # role: a table of embeddings that is a head as well
 Progress = Callable[[str, int, int], None]
 
 
@@ -54,6 +58,7 @@ def calibrate(
     loss: str = "auto",
     probe: bool = True,
     temperature: float | None = None,
+    cross: bool = True,
     progress: Progress | None = None,
 ) -> Stats:
     """Measure every layer's input and output-gradient second moments in one pass.
@@ -62,10 +67,12 @@ def calibrate(
     never enter them. The pass runs in evaluation mode on the module's own device, keeps one batch
     alive, and leaves the module bit-identical.
 
-    What cannot be seen is approximated, and the probe sets its scale: the inner weights of
-    recurrent layers (gates: gradients by the output's mean power; states of inner layers: by the
-    identity), the input projection of attention (gradients likewise), its output projection
-    (inputs: the projected values), layers that are only used raw (the identity on both sides).
+    A weight that is head and table of embeddings at once has both uses in its statistics
+    (`measure/tied.py`). What cannot be seen is approximated, and the probe sets its scale: the
+    inner weights of recurrent layers (gates: gradients by the output's mean power; states of inner
+    layers: by the identity), the input projection of attention (gradients likewise), its output
+    projection (inputs: the projected values), layers that are only used raw (the identity on both
+    sides).
 
     Args:
         network: what to measure; `network.loss` decides where `loss` is `"auto"`.
@@ -73,10 +80,11 @@ def calibrate(
         data: batches, or anything `lamina.data.as_data` takes with a calibration split.
         samples: how many samples to look at.
         seed: of the sampled labels, of positions left out, of probes.
-        loss: `"logits"`, `"features"` or `"auto"`.
+        loss: `"logits"`, `"features"`, `"embedding"` or `"auto"`.
         probe: fix every layer's scale by one measured perturbation (`measure/probe.py`).
         temperature: that softens logits; None: 1 without a probe, with one as much as the outputs
             need (see `measure/loss.py`).
+        cross: measure what neighbours have in common, which only methods that span layers ask for.
         progress: called as `progress(phase, done, total)`; phases `"calibrate"`, `"probe"`.
 
     Returns:
@@ -142,8 +150,8 @@ def calibrate(
                     progress("probe", done, len(sites.layers))
         unit = unit_of(list(readings.values()))
         layers = {name: s.with_scale(readings[name].scale * unit) for name, s in layers.items()}
-    cross = measure_cross(network, sites, _again(loader, samples), samples, seed)
-    return Stats(layers, seen, decided.kind, network.digest(), notes, cross)
+    links = measure_cross(network, sites, _again(loader, samples), samples, seed) if cross else {}
+    return Stats(layers, seen, decided.kind, network.digest(), notes, links)
 
 
 def _again(loader: Iterable[Any], samples: int) -> Iterable[Any]:
@@ -176,20 +184,33 @@ class _Pass:
         self.watches: dict[str, list[Watch]] = {}
         self.inputs: dict[str, Moment] = {}
         self.gradients: dict[str, Moment] = {}
-        self.taps: list[tuple[str, Tensor]] = []
+        self.tables: set[str] = set()  # heads that are tables of embeddings as well
+        self.powers: dict[str, Tensor] = {}  # squared gradients at each token of a table
+        self.taps: list[tuple[str, Tensor, Tensor | None]] = []  # with what was looked up
+        self.index: Tensor | None = None
         self.size = 1
+        self.mask: Tensor | None = None  # of the batch at hand
         device = device_of(module)
         for site in layers:
             groups, rows, columns = site.matrix_shape
             one_hot = site.op == "embedding"
+            if one_hot and role_of(module, site)[1] == "direct":
+                self.powers[site.name] = torch.zeros(columns, dtype=torch.float64, device=device)
             self.inputs[site.name] = empty_moment(groups, columns, device, one_hot)
             self.gradients[site.name] = empty_moment(groups, rows, device, False)
             for watch in _watches(module, site):
                 self.watches.setdefault(watch.path, []).append(watch)
+                if watch.role == LOOKUP:  # seen as an embedding, its rows and columns trade places
+                    self.tables.add(site.name)
+                    self.powers[_table(site)] = torch.zeros(
+                        rows, dtype=torch.float64, device=device
+                    )
+                    self.inputs[_table(site)] = empty_moment(1, rows, device, True)
+                    self.gradients[_table(site)] = empty_moment(1, columns, device, False)
 
     def forward(self, batch: Batch, example: tuple[Any, ...]) -> tuple[Any, Tensor]:
         """Run one batch with a graph; fills the input moments and the taps."""
-        self.taps, self.size = [], batch.size
+        self.taps, self.size, self.mask = [], batch.size, batch.mask
         handles = [
             self.module.get_submodule(path).register_forward_hook(
                 self._hook(path), with_kwargs=True
@@ -221,23 +242,32 @@ class _Pass:
         with torch.enable_grad():
             scalar = pseudo_loss(loss, output, self.labels, batch.mask)
         taps, self.taps = self.taps, []
-        found = torch.autograd.grad(scalar, [y for _, y in taps], allow_unused=True)
-        for (path, y), grad in zip(taps, found, strict=True):
+        found = torch.autograd.grad(scalar, [y for _, y, _ in taps], allow_unused=True)
+        for (path, y, index), grad in zip(taps, found, strict=True):
             grad = torch.zeros_like(y) if grad is None else grad
             for watch in self.watches[path]:
-                name = watch.site.name
+                name = _table(watch.site) if watch.role == LOOKUP else watch.site.name
                 width = self.gradients[name].first.shape[1]
                 parts = gradient_columns(
-                    watch.site, watch.role, grad, width, self._limit(width), self.positions
-                )
+                    watch.site, watch.role, grad, width, self._limit(width), self.positions,
+                    batch.mask,
+                )  # fmt: skip
                 self.gradients[name] = add_columns(self.gradients[name], parts)
+                if name in self.powers and index is not None:
+                    self._feel(name, counted(grad, batch.mask), counted(index, batch.mask))
                 if not is_finite(self.gradients[name]):
                     raise DataError(
                         "non-finite gradients",
-                        f"layer {name!r}",
+                        f"layer {watch.site.name!r}",
                         "the network overflows here",
                         "use a wider dtype or other data",
                     )
+
+    def _feel(self, name: str, grad: Tensor, index: Tensor) -> None:
+        """Add the squared gradients at the tokens that were looked up."""
+        if grad.shape[:-1] == index.shape:  # a bag's tokens have no gradient of their own
+            power = grad.detach().double().square().sum(-1)
+            self.powers[name].index_add_(0, index.reshape(-1).long(), power.reshape(-1))
 
     def finish(self, seen: int) -> tuple[dict[str, LayerStats], set[str], tuple[str, ...]]:
         """Return every layer's statistics, the layers nothing was seen of, and notes on these."""
@@ -245,6 +275,12 @@ class _Pass:
         for site in self.layers:
             name = site.name
             stats[name] = layer_stats(self.inputs.pop(name), self.gradients.pop(name), seen)
+            if name in self.tables:
+                table = _table(site)
+                looked_up = layer_stats(self.inputs.pop(table), self.gradients.pop(table), seen)
+                stats[name] = combine_uses(stats[name], self._weighed(table, looked_up, seen))
+            elif name in self.powers:
+                stats[name] = self._weighed(name, stats[name], seen)
         powers = [float(_diagonal(s.G).mean()) for s in stats.values() if s.G.numel()]
         usual = math.fsum(powers) / len(powers) if powers and any(powers) else 1.0
         blind, notes = set(), []
@@ -260,12 +296,19 @@ class _Pass:
             notes.append(f"{name}: no {' and no '.join(unseen)} seen, the identity stands in")
         return stats, blind, tuple(notes)
 
+    def _weighed(self, name: str, stats: LayerStats, seen: int) -> LayerStats:
+        """Return a table's statistics: counts to be expected, by how much each token is felt."""
+        counts = (stats.H * seen).round()
+        power = relative_power(counts[0], self.powers[name].cpu())
+        return replace(stats, H=expected_counts(counts) * power / seen)
+
     def _limit(self, width: int) -> int:
         whole = min(MOST, max(FEWEST, COLUMNS_PER_WIDTH * width))
         return max(1, whole * self.size // max(self.samples, self.size))
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+            self.index = None
             for watch in self.watches[path]:
                 self._see(watch, module, args, kwargs, output)
             y = main_tensor(output)
@@ -273,7 +316,7 @@ class _Pass:
                 return None
             if not y.requires_grad:
                 y = y.detach().requires_grad_()  # frozen so far: the graph begins here
-            self.taps.append((path, y))
+            self.taps.append((path, y, self.index))
             # What follows gets a copy: it may write into it, and `y` must stay what it was.
             return _replaced(output, y.clone())
 
@@ -282,17 +325,22 @@ class _Pass:
     def _see(
         self, watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
-        site, name = watch.site, watch.site.name
+        site = watch.site
+        name = _table(site) if watch.role == LOOKUP else site.name
         moment = self.inputs[name]
-        if site.op == "embedding" and watch.role == "direct":
+        if watch.role == LOOKUP or (site.op == "embedding" and watch.role == "direct"):
             index = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            self.index = index.detach()
+            index = counted(index, self.mask)
             counts = token_counts(site, index)
             moment.total.add_(counts.to(moment.total.device))
             moment.first.add_(counts.to(moment.first.device))
             self.inputs[name] = replace(moment, count=moment.count + index.numel())
             return
         limit = self._limit(moment.first.shape[1])
-        parts = input_columns(site, watch.role, module, args, kwargs, output, limit, self.positions)
+        parts = input_columns(
+            site, watch.role, module, args, kwargs, output, limit, self.positions, self.mask
+        )
         with torch.no_grad():
             self.inputs[name] = add_columns(moment, parts)
         if not is_finite(self.inputs[name]):
@@ -312,12 +360,21 @@ def _watches(module: nn.Module, site: Site) -> list[Watch]:
     for alias in site.aliases:
         other = alias.rpartition(".")[0]
         try:
-            same = type(module.get_submodule(other)) is own
+            kind = type(module.get_submodule(other))
         except AttributeError:
             continue
-        if same and role == "direct" and other not in {w.path for w in found}:
+        if role != "direct" or other in {w.path for w in found}:
+            continue
+        if kind is own:
             found.append(Watch(site, other, role))
+        elif issubclass(kind, nn.Embedding) and site.op == "linear" and not site.transposed:
+            found.append(Watch(site, other, LOOKUP))
     return found
+
+
+def _table(site: Site) -> str:
+    """Return what a head's use as a table of embeddings is kept under."""
+    return f"{site.name} as a table"
 
 
 def _replaced(output: Any, tensor: Tensor) -> Any:

@@ -46,6 +46,8 @@ def role_of(root: nn.Module, site: Site) -> tuple[str, str]:
         (recurrent: sees the input sequence, the output sequence, the state given to a cell, none).
     """
     module = root.get_submodule(site.module)
+    if site.op == "linear" and len(site.shape) == 3:
+        return site.module, "hidden"  # which tokens an expert sees is its module's own business
     parent_path, _, leaf = site.module.rpartition(".")
     if leaf == "out_proj" and isinstance(root.get_submodule(parent_path), nn.MultiheadAttention):
         return parent_path, "out_proj"
@@ -73,6 +75,24 @@ def main_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a tensor's rows without those of padding, `[tokens, ...]`; itself without a mask.
+
+    Padding meets every weight and changes no output: what it shows would only blur the moments.
+
+    Args:
+        x: `[samples, tokens, ...]`; any other shape than the mask's stays whole.
+        mask: `[samples, tokens]`, 0 where a token does not count, or None.
+
+    Example:
+        >>> counted(torch.tensor([[7, 8, 0]]), torch.tensor([[1, 1, 0]]))
+        tensor([7, 8])
+    """
+    if mask is None or x.dim() < 2 or tuple(x.shape[:2]) != tuple(mask.shape):
+        return x
+    return x[mask.to(x.device).bool()]
+
+
 def input_columns(
     site: Site,
     role: str,
@@ -82,6 +102,7 @@ def input_columns(
     output: Any,
     limit: int,
     generator: torch.Generator,
+    mask: Tensor | None = None,
 ) -> Iterator[Columns]:
     """Yield the columns that a layer's weight met in one call, in parts that fit in memory.
 
@@ -89,6 +110,7 @@ def input_columns(
         site, role: from `role_of`.
         module: the module that was called, with what it was called with and what it returned.
         limit: about how many columns to look at; more are drawn from, with `generator`.
+        mask: `[samples, tokens]`, 0 for padding, which is left out (linear layers).
     """
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, (Tensor, PackedSequence))]
     if not tensors:
@@ -99,7 +121,9 @@ def input_columns(
         yield from _patches(site, _batched(x, site), limit, generator)
     elif role == "direct" and site.op == "conv_transpose":
         yield from _pixels(_batched(x, site), site.groups, limit, generator)
-    elif role == "direct" or role == "input":
+    elif role == "direct":
+        yield from _rows(counted(x, mask), site.groups, limit, generator)
+    elif role == "input":
         yield from _rows(x, site.groups, limit, generator)
     elif role == "cell_state":
         given = args[1] if len(args) > 1 else kwargs.get("hx")
@@ -110,7 +134,7 @@ def input_columns(
         y = main_tensor(output)
         assert y is not None
         if role == "hidden":
-            yield from _power(y, width, limit, generator)
+            yield from _alike(_power(y, width, limit, generator), site.groups)
             return
         reverse = site.weight.endswith("_reverse")
         h = y[..., width:] if reverse else y[..., :width]
@@ -123,22 +147,24 @@ def input_columns(
 
 
 def gradient_columns(
-    site: Site, role: str, grad: Tensor, width: int, limit: int, generator: torch.Generator
-) -> Iterator[Columns]:
+    site: Site, role: str, grad: Tensor, width: int, limit: int, generator: torch.Generator,
+    mask: Tensor | None = None,
+) -> Iterator[Columns]:  # fmt: skip
     """Yield the loss gradients at a layer's output `[groups, n, out]`, column by column.
 
     Args:
         grad: gradient with respect to the called module's output.
         width: rows of the weight matrix (where gradients cannot be seen, only their power is used).
+        mask: `[samples, tokens]`, 0 for padding, which is left out (linear layers, embeddings).
     """
     if role in ("in_proj", "input", "state", "cell_state", "hidden"):
-        yield from _power(grad, width, limit, generator)
+        yield from _alike(_power(grad, width, limit, generator), site.groups)
     elif site.op == "conv":
         yield from _pixels(_batched(grad, site), site.groups, limit, generator)
     elif site.op == "conv_transpose":
         yield from _patches(site, _batched(grad, site), limit, generator)
     else:
-        yield from _rows(grad, site.groups, limit, generator)
+        yield from _rows(counted(grad, mask), site.groups, limit, generator)
 
 
 def token_counts(site: Site, index: Tensor) -> Tensor:
@@ -161,6 +187,12 @@ def _power(x: Tensor, width: int, limit: int, generator: torch.Generator) -> Ite
     for part in _rows(x, 1, limit, generator):
         power = part.values.double().square().mean(-1, keepdim=True).sqrt()
         yield Columns(power.expand(-1, -1, width), part.weight, exact=False)
+
+
+def _alike(columns: Iterator[Columns], groups: int) -> Iterator[Columns]:
+    """Let every group see the same columns."""
+    for part in columns:
+        yield Columns(part.values.expand(groups, -1, -1), part.weight, part.exact)
 
 
 def _pixels(x: Tensor, groups: int, limit: int, generator: torch.Generator) -> Iterator[Columns]:

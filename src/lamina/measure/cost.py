@@ -215,6 +215,7 @@ def _macs(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
         out = rows[0] * m.out_proj.weight.numel()
         return sum(r * w for r, w in zip(rows, inner, strict=True)) + out
     weight = getattr(m, "weight", None)
-    if type(m).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    named = any(kind.__name__ == "Conv1D" for kind in type(m).__mro__)
+    if named and isinstance(weight, Tensor) and weight.dim() == 2:
         return float(x.numel()) * weight.shape[1]  # Hugging Face: stored [in, out]
     return 0.0

@@ -1,8 +1,10 @@
 """The loss a network is held to, made of its own outputs: no labels are needed.
 
 Logits define a distribution, and the loss of a change is the Kullback-Leibler divergence from the
-original's; anything else is a feature vector, and the loss is half the squared distance. Both have
-the same second order form, the Gauss-Newton matrix, which is the Fisher information for logits.
+original's; anything else is a feature vector, and the loss is half the squared distance. An
+embedding is the direction of the mean of a sample's tokens, padding left out, and half the squared
+distance of two of them is one minus their cosine. All have the same second order form, the
+Gauss-Newton matrix, which is the Fisher information for logits.
 
 A network that is sure of everything it was trained on has next to no curvature there: the second
 moment of its gradients is that of the two or three samples it doubts, and a finite change costs a
@@ -30,7 +32,7 @@ class Loss:
     """What the outputs are.
 
     Args:
-        kind: `"logits"` or `"features"`.
+        kind: `"logits"`, `"features"` or `"embedding"`.
         axis: the class dimension of logits.
         temperature: that logits are divided by.
     """
@@ -54,8 +56,9 @@ def decide_loss(loss: str, raw: Any, output: Tensor, labels: Tensor | None) -> L
     """Decide what a network's outputs are.
 
     Args:
-        loss: `"logits"`, `"features"` or `"auto"`: a Hugging Face output with `.logits`, or integer
-            labels that fit the class dimension, mean logits; everything else features.
+        loss: `"logits"`, `"features"`, `"embedding"` (of tokens `[samples, tokens, width]`, or
+            pooled already), or `"auto"`: a Hugging Face output with `.logits`, or integer labels
+            that fit the class dimension, mean logits; everything else features.
         raw: the network's output as it came.
         output: its main tensor `[samples, ...]`.
         labels: of the same batch, or None; only their shape and range are looked at.
@@ -68,11 +71,37 @@ def decide_loss(loss: str, raw: Any, output: Tensor, labels: Tensor | None) -> L
     fitting = _class_axis(output, labels)
     if output.dim() < 2 or loss == "features":
         return Loss("features")
+    if loss == "embedding":
+        return Loss("embedding")
     if loss == "auto" and fitting is None and not hasattr(raw, "logits"):
         return Loss("features")
     # Without labels that tell: torch keeps classes in dimension 1 of maps, language models last.
     axis = fitting if fitting is not None else (1 if output.dim() > 3 else last)
     return Loss("logits", axis) if output.shape[axis] > 1 else Loss("features")
+
+
+def pooled(output: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the embeddings of samples `[samples, width]`: the mean over tokens, of length 1.
+
+    Args:
+        output: `[samples, tokens, width]`, or `[samples, width]`, which is not averaged.
+        mask: `[samples, tokens]`, 0 where a token does not count.
+
+    Example:
+        >>> tokens = torch.tensor([[[3.0, 0.0], [3.0, 8.0], [100.0, 100.0]]])
+        >>> pooled(tokens, torch.tensor([[1, 1, 0]]))
+        tensor([[0.6000, 0.8000]])
+    """
+    if output.dim() > 2:
+        tokens = output.reshape(len(output), -1, output.shape[-1])
+        if mask is None or tuple(mask.shape) != tuple(tokens.shape[:2]):
+            output = tokens.mean(1)
+        else:
+            counts = mask.to(output.device, output.dtype)[..., None]
+            # Padding may hold anything, NaN too: it is left out, not multiplied by 0.
+            tokens = torch.where(counts == 0, torch.zeros_like(tokens), tokens)
+            output = (tokens * counts).sum(1) / counts.sum(1).clamp_min(1)
+    return torch.nn.functional.normalize(output, dim=-1)
 
 
 def _class_axis(output: Tensor, labels: Tensor | None) -> int | None:
@@ -116,13 +145,15 @@ def pseudo_loss(
         mask: `[samples, tokens]`, 0 where a token does not count.
 
     Returns:
-        features: `<output, v>` with random signs `v`, whose `E[v v^T] = I`; logits: `<output, u>`
-        with `u = (diag(p)^1/2 - p (p^1/2)^T) v`, whose `E[u u^T] = diag(p) - p p^T`, the Fisher
-        information of the softmax. A label sampled from `p` has the same expectation, but the rare
-        sample that goes against a sure network outweighs all others.
+        features, embedding: `<output, v>` with random signs `v`, whose `E[v v^T] = I`; logits:
+        `<output, u>` with `u = (diag(p)^1/2 - p (p^1/2)^T) v`, whose `E[u u^T] = diag(p) - p p^T`,
+        the Fisher information of the softmax. A label sampled from `p` has the same expectation,
+        but the rare sample that goes against a sure network outweighs all others.
 
     Reference: Martens 2020, New insights and perspectives on the natural gradient method, 5.
     """
+    if loss.kind == "embedding":
+        output, mask = pooled(output.float(), mask), None
     wide = output if loss.kind != "logits" else output.movedim(loss.axis, -1)
     wide = wide.float() / loss.temperature
     draws = torch.rand(wide.shape, generator=generator, dtype=torch.float64)
@@ -148,7 +179,7 @@ def divergence(loss: Loss, reference: Tensor, output: Tensor, mask: Tensor | Non
 
     Returns:
         `[samples]`: logits: `KL(original || changed)` summed over positions; features:
-        `1/2 |output - reference|^2`.
+        `1/2 |output - reference|^2`; embedding: one minus the cosine.
 
     Example:
         >>> a, b = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -161,6 +192,8 @@ def divergence(loss: Loss, reference: Tensor, output: Tensor, mask: Tensor | Non
         a = reference[start : start + rows].double()
         b = output[start : start + rows].double()
         part = None if mask is None else mask[start : start + rows]
+        if loss.kind == "embedding":
+            a, b, part = pooled(a, part), pooled(b, part), None
         if loss.kind == "logits":
             log_p = torch.log_softmax(a.movedim(loss.axis, -1) / loss.temperature, -1)
             log_q = torch.log_softmax(b.movedim(loss.axis, -1) / loss.temperature, -1)
@@ -174,7 +207,9 @@ def divergence(loss: Loss, reference: Tensor, output: Tensor, mask: Tensor | Non
 
 def relative_level(loss: Loss, reference: Tensor) -> float:
     """Return the divergence per sample that a probe aims at: 0.02 nats a prediction, or features
-    changed by 0.5 % of their power."""
+    or embeddings changed by 0.5 % of their power."""
+    if loss.kind == "embedding":
+        return 0.5 * 0.005
     if loss.kind == "logits":
         return 0.02 * loss.predictions(reference)
     power = float(reference.double().square().sum()) / max(1, reference.shape[0])

@@ -12,6 +12,8 @@ from lamina.measure.columns import Columns
 from lamina.measure.stats import LayerStats
 
 WIDE = 8192  # wider sides keep the diagonal only: a full float64 moment would pass 512 MiB
+DEAR = 256  # from this width on float32 columns are multiplied in float32, and summed up in float64
+ROWS = 4096  # columns that are multiplied at a time there
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,18 @@ def add_columns(moment: Moment, parts: Iterable[Columns]) -> Moment:
     """
     count = moment.count
     for part in parts:
-        x = part.values.double()
+        x = part.values
         if x.shape[1] == 0:
             continue
         count += x.shape[1] * part.weight
         diagonal = moment.total.dim() == 2
+        if part.exact and not diagonal and x.dtype == torch.float32 and x.shape[2] >= DEAR:
+            # Half the time. What it loses is 1e-7 of the diagonal, far below any damping.
+            for some in x.split(ROWS, 1):
+                moment.total.add_((some.transpose(1, 2) @ some).double(), alpha=part.weight)
+            moment.first.add_(x.sum(1, dtype=torch.float64), alpha=part.weight)
+            continue
+        x = x.double()
         if diagonal or not part.exact:
             power = x.square().sum(1)
             sums = moment.total if diagonal else moment.total.diagonal(dim1=1, dim2=2)

@@ -25,8 +25,9 @@ from lamina.network.source import main_output
 
 SAMPLES = 250
 DRAWS = 4  # of noise; one alone would leave narrow layers 20 % uncertain
+WIDE = 1 << 16  # weights; of more, one draw is as certain
 OUTPUTS = 1 << 26  # elements of reference outputs that are kept
-WORK = 5e12  # multiply-accumulates that all probes together may take
+WORK = 1.5e12  # multiply-accumulates that all probes together may take
 LOW, HIGH = 0.4, 2.5  # of the level aimed at: layers are compared at like damage
 
 
@@ -71,8 +72,18 @@ def unit_of(readings: Sequence[Reading]) -> float:
 def probe_size(layers: Sequence[Site]) -> int:
     """Return on how many samples to probe: 250, fewer where layers are many and dear."""
     macs = sum(site.macs for site in layers)
-    runs = 1.3 * DRAWS * max(1, len(layers))
+    runs = 1.3 * max(1, sum(draws_of(site) for site in layers))
     return int(min(SAMPLES, max(16, WORK / max(1.0, macs * runs))))
+
+
+def draws_of(site: Site) -> int:
+    """Return how often a layer is perturbed; noise on many weights averages itself out.
+
+    Example:
+        >>> draws_of(Site("a", shape=(10, 20))), draws_of(Site("b", shape=(512, 512)))
+        (4, 1)
+    """
+    return DRAWS if math.prod(site.shape) <= WIDE else 1
 
 
 def collect_probe(batch: Batch, output: Tensor, room: int) -> list[Probe]:
@@ -94,9 +105,10 @@ def measure_scale(
 ) -> Reading:
     """Measure one perturbation of a layer: how its loss increase compares with the prediction.
 
-    The weight gets uniform noise (four draws), as rounding would give it, of the size that should
-    cost 0.02 nats a prediction (features: 0.5 % of their power). Where the measured cost is too
-    small to tell or too large to be second order, the noise is resized once and measured again.
+    The weight gets uniform noise (four draws; one where weights are many), as rounding would give
+    it, of the size that should cost 0.02 nats a prediction (features: 0.5 % of their power). Where
+    the measured cost is too small to tell or too large to be second order, the noise is resized
+    once and measured again.
     The weight is restored bit by bit, whatever happens.
 
     Args:
@@ -118,9 +130,10 @@ def measure_scale(
     stats = stats.with_scale(1.0)
     matrix = as_matrix(site, weight.detach()).double().cpu()
     generator = torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode()))
-    shape = (DRAWS, *matrix.shape)
+    draws = draws_of(site)
+    shape = (draws, *matrix.shape)
     noises = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
-    unit = math.fsum(predict_error(stats, matrix, noise) for noise in noises) / DRAWS
+    unit = math.fsum(predict_error(stats, matrix, noise) for noise in noises) / draws
     if not math.isfinite(unit) or unit <= 0 or not matrix.numel():
         return Reading()
     samples = sum(p.batch.size for p in probes)
@@ -136,7 +149,7 @@ def measure_scale(
             predicted += predict_error(stats, matrix, actual)
             soft, hard = _measure(module, weight, changed, probes, loss)
             measured, plain = measured + soft, plain + hard
-        level = measured / DRAWS
+        level = measured / draws
         if LOW * goal <= level <= HIGH * goal or attempt:
             break
         step *= math.sqrt(goal / level) if level > 0 and math.isfinite(level) else 10.0

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lamina.errors import DataError, LaminaError
 from lamina.measure.forward import Batch, at_rest, batches, call
-from lamina.measure.loss import Loss, decide_loss, divergence
+from lamina.measure.loss import Loss, decide_loss, divergence, pooled
 from lamina.network.source import Network, main_output
 
 Model = nn.Module | Network
@@ -55,8 +55,11 @@ METRICS: dict[str, Metric] = {
     "cosine": Metric("cosine", ""),
     "kl": Metric("kl", "nats", higher=False),
     "sqnr": Metric("sqnr", "dB"),
+    "embedding": Metric("embedding", ""),
+    "probe": Metric("probe", "points"),
 }
-LABEL_FREE = ("agreement", "cosine", "kl", "sqnr")
+LABEL_FREE = ("agreement", "cosine", "kl", "sqnr", "embedding")
+COMPARED = (*LABEL_FREE, "probe")  # these need the original
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Fidelity:
         cosine: mean cosine of the outputs, sample by sample.
         sqnr_db: power of the original over power of the difference [dB]; 300 where they are equal.
         samples: number of samples.
-        loss: `"logits"` or `"features"`, which says how `kl` was measured.
+        loss: `"logits"`, `"features"` or `"embedding"`, which says how `kl` was measured.
         predictions: predictions per sample (tokens, pixels).
     """
 
@@ -122,9 +125,10 @@ def evaluate(
         module: the network.
         loader: batches; labelled ones for accuracy, loss and perplexity.
         metric: a name (`"accuracy"` in points 0-100, `"loss"` in nats a prediction,
-            `"perplexity"`, `"agreement"`, `"cosine"`, `"kl"`, `"sqnr"`) or a callable
+            `"perplexity"`, `"agreement"`, `"cosine"`, `"kl"`, `"sqnr"`, `"embedding"`: mean cosine
+            of the means over a sample's tokens, `"probe"`: see `linear_probe`) or a callable
             `(module, loader) -> float`.
-        original: the uncompressed network, for the four label-free metrics.
+        original: the uncompressed network, for those that compare with it.
 
     Raises:
         DataError: no labels where they are needed, labels that do not fit the outputs, a metric
@@ -136,11 +140,17 @@ def evaluate(
         66.67
     """
     wanted, network = metric_named(metric), _module_of(module)
-    if wanted.name in LABEL_FREE and wanted.measure is None:
+    if wanted.name in COMPARED and wanted.measure is None:
         if original is None:
             raise DataError(
                 "no original to compare with", f"metric {wanted.name!r}", "", "pass original="
             )
+        if wanted.name == "probe":
+            from lamina.measure.linear_probe import linear_probe
+
+            return linear_probe(_module_of(original), network, loader)
+        if wanted.name == "embedding":
+            return fidelity(original, network, loader, loss="embedding").cosine
         found = fidelity(original, network, loader)
         return found.sqnr_db if wanted.name == "sqnr" else float(getattr(found, wanted.name))
     with at_rest(network):
@@ -168,7 +178,7 @@ def fidelity(
         original: the uncompressed network.
         compressed: the other; it may stand on another device.
         loader: batches; their labels only help to tell what the outputs are.
-        loss: `"logits"`, `"features"`, or `"auto"` (see `measure.loss.decide_loss`).
+        loss: `"logits"`, `"features"`, `"embedding"`, or `"auto"` (see `measure.loss.decide_loss`).
 
     Raises:
         DataError: no batches, or outputs of different shapes.
@@ -218,12 +228,14 @@ def fidelity(
 
 def _compare(loss: Loss, a: Tensor, b: Tensor, batch: Batch) -> dict[str, float]:
     mask = batch.mask
+    if loss.kind == "embedding":
+        a, b, mask = pooled(a, mask), pooled(b, mask), None
     axis = loss.axis if loss.kind == "logits" else -1
     same = a.argmax(axis) == b.argmax(axis)
     counted = torch.ones_like(same)
     if mask is not None and tuple(mask.shape) == tuple(same.shape[:2]):
         counted &= mask.bool().reshape(*mask.shape, *[1] * (same.dim() - 2))
-    x, y = a.double().flatten(1), b.double().flatten(1)
+    x, y = (_counted(v, mask).double().flatten(1) for v in (a, b))
     norms = (x.norm(dim=1) * y.norm(dim=1)).clamp_min(1e-300)
     equal = (x == y).all(1)
     cosine = torch.where(equal, torch.ones_like(norms), (x * y).sum(1) / norms)
@@ -235,6 +247,14 @@ def _compare(loss: Loss, a: Tensor, b: Tensor, batch: Batch) -> dict[str, float]
         "signal": float(x.square().sum()),
         "noise": float((x - y).square().sum()),
     }
+
+
+def _counted(output: Tensor, mask: Tensor | None) -> Tensor:
+    """Return outputs `[samples, tokens, ...]` with nothing where a token does not count."""
+    if mask is None or tuple(mask.shape) != tuple(output.shape[:2]):
+        return output
+    keep = mask.bool().reshape(*mask.shape, *[1] * (output.dim() - 2))
+    return output.masked_fill(~keep, 0)
 
 
 def _supervised(name: str, module: nn.Module, loader: Iterable[Any]) -> float:

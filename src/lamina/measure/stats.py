@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+PIECE = 1 << 22  # elements of a change that are looked at at a time
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -128,9 +130,21 @@ def predict_error(stats: LayerStats | None, matrix: torch.Tensor, delta: torch.T
             float((spectral_norm(delta) / whole.clamp_min(1e-300)).max()) if delta.numel() else 0.0
         )
     H, G = stats.H, stats.G
-    right = delta * H[:, None, :] if H.dim() == 2 else delta @ H
-    left = delta * G[:, :, None] if G.dim() == 2 else G @ delta
-    return max(0.0, 0.5 * stats.scale * float((left * right).sum()))
+    total = 0.0
+    # Where tokens do not meet, a table is gone through piece by piece: it may have millions.
+    side = 2 if H.dim() == 2 else 1 if G.dim() == 2 else 0
+    size = max(1, PIECE * delta.shape[side] // max(1, delta.numel())) if side else 1
+    for piece in range(0, delta.shape[side] if side else 1, size):
+        cut = slice(piece, piece + size)
+        some, h, g = delta, H, G
+        if side == 2:
+            some, h = delta[:, :, cut], H[:, cut]
+        elif side == 1:
+            some, g = delta[:, cut], G[:, cut]
+        right = some * h[:, None, :] if h.dim() == 2 else some @ h
+        left = some * g[:, :, None] if g.dim() == 2 else g @ some
+        total += float((left * right).sum())
+    return max(0.0, 0.5 * stats.scale * total)
 
 
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:

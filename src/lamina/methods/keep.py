@@ -1,7 +1,8 @@
 """keep: store a layer's values as they are.
 
 **What.** Every value stays bit for bit, in its own dtype. A tensor with many exact zeros is held
-as a coded pattern and its non-zeros, where that is smaller.
+as a coded pattern and its non-zeros, one of 8-bit integers (see `int8`) as those and their scales,
+where that is smaller.
 
 **Where.** Every layer site; the end of a chain that only changes a layer's form or its zeros.
 
@@ -26,7 +27,7 @@ import torch
 from lamina import codecs
 from lamina.artifact.records import values_bytes
 from lamina.errors import SiteError
-from lamina.forms import Edit, Plain, Sparse
+from lamina.forms import Edit, Grid, Plain, Sparse, find_grid
 from lamina.measure.stats import Cost, LayerStats
 from lamina.methods.base import (
     Candidate,
@@ -41,10 +42,11 @@ from lamina.methods.base import (
 from lamina.network.sites import Site
 from lamina.network.source import Network
 
+STEP_BYTES = 4
 FEWEST_ZEROS = 0.05  # below this share of zeros a pattern is not worth looking at
 
 
-def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse, float]:
+def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse | Grid, float]:
     """Return the smaller exact form of a tensor, and its size [bytes].
 
     A sparse tensor's negative zeros become zeros: the pattern cannot tell them apart.
@@ -54,6 +56,13 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse, float]:
         'Sparse'
     """
     plain = values_bytes(tensor)
+    grid = find_grid(tensor)
+    if grid is not None and grid.exponents is not None:
+        coded = codecs.length(grid.symbols.numpy()) + codecs.length(
+            grid.exponents.numpy().reshape(1, -1)
+        )
+        if coded + STEP_BYTES < plain:
+            return grid, coded + STEP_BYTES
     zeros = tensor == 0
     if tensor.numel() and float(zeros.double().mean()) > FEWEST_ZEROS:
         mask = (~zeros).reshape(tensor.shape[0] if tensor.dim() else 1, -1)

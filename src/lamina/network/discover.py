@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamina.network.chains import find_chains, own_passages
 from lamina.network.families import find_families
@@ -21,7 +24,7 @@ from lamina.network.trace import Flow, Op, trace
 ORIGINALS = ("_g", "_v", "_orig")  # what weight_norm, spectral_norm and pruning leave behind
 
 
-def discover(network: Network) -> Sites:
+def discover(network: Network, *, lazy: bool = False) -> Sites:
     """Find every place of a network that can be compressed; the network is not changed.
 
     Layers are read from the module tree and one forward pass with hooks, chains from
@@ -30,6 +33,8 @@ def discover(network: Network) -> Sites:
 
     Args:
         network: with example inputs; without them there are no chains, and positions are 1.
+        lazy: its parameters are on `meta`, for their values are elsewhere: nothing is exported,
+            and where a forward pass without values fails, positions are 1.
 
     Returns:
         Sites in module order: `layers`, `chains`, `families`, `refusals`, and as `rest` the names
@@ -42,13 +47,13 @@ def discover(network: Network) -> Sites:
         (['0', '2'], (('relu',),))
     """
     tensors = named_tensors(network.module)
-    drafts, refusals, explained = _drafts(network.module, tensors)
-    uses = observe(network, drafts)
-    flow = trace(network)
+    drafts, refusals, explained = _drafts(network.module, tensors, lazy)
+    uses = _observe_on_meta(network, drafts) if lazy else observe(network, drafts)
+    flow = trace(network) if not lazy else "the network is streamed: it is never there as a whole"
     readers = flow.readers(tensors.first) if isinstance(flow, Flow) else {}
     layers = []
     for same in _by_tensor(drafts, tensors):
-        site = _settle(network.module, same, tensors)
+        site = _settle(network.module, same, tensors, lazy)
         if isinstance(uses, Uses):
             site, note = _place(site, same, uses)
             refusals += note
@@ -76,7 +81,34 @@ def discover(network: Network) -> Sites:
     return Sites(tuple(layers), chains, tuple(refusals), rest, isinstance(flow, Flow), families)
 
 
-def _drafts(root: nn.Module, tensors: Tensors) -> tuple[list[Site], list[Refusal], set[str]]:
+class _Yes(TorchDispatchMode):
+    """Answers whatever is asked about values that are not there ("is nothing masked?") with 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+def _observe_on_meta(network: Network, drafts: Iterable[Site]) -> Uses | str:
+    """Observe a copy with buffers and inputs on `meta` too: its forward pass costs nothing."""
+    copied = replace(
+        network,
+        module=copy.deepcopy(network.module).to("meta"),
+        example_inputs=tuple(_moved(value) for value in network.example_inputs),
+        example_kwargs={name: _moved(v) for name, v in network.example_kwargs.items()},
+    )
+    with _Yes():
+        return observe(copied, drafts)
+
+
+def _moved(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _drafts(
+    root: nn.Module, tensors: Tensors, lazy: bool
+) -> tuple[list[Site], list[Refusal], set[str]]:
     """Return a site for every weight that can be one, refusals, and the tensors these explain."""
     drafts: list[Site] = []
     refusals: list[Refusal] = []
@@ -91,7 +123,7 @@ def _drafts(root: nn.Module, tensors: Tensors) -> tuple[list[Site], list[Refusal
         parent = root.get_submodule(path.rpartition(".")[0]) if path else None
         for site in describe(path, module, parent):
             weight = tensors.by_name[site.weight]
-            reason = unfit(weight)
+            reason = unfit(weight, lazy)
             if not reason and site.weight in tensors.overlaps:
                 reason = f"it shares part of its memory with {tensors.overlaps[site.weight]}"
             if reason:
@@ -133,7 +165,7 @@ def _by_tensor(drafts: Iterable[Site], tensors: Tensors) -> list[list[Site]]:
     return [sorted(same, key=lambda s: s.op == "embedding") for same in groups.values()]
 
 
-def _settle(root: nn.Module, same: list[Site], tensors: Tensors) -> Site:
+def _settle(root: nn.Module, same: list[Site], tensors: Tensors, lazy: bool) -> Site:
     """Make one site of all that share a weight; it claims its bias if that is its own."""
     site = same[0]
     aliases = tensors.aliases(site.weight)
@@ -144,7 +176,7 @@ def _settle(root: nn.Module, same: list[Site], tensors: Tensors) -> Site:
     if bias:
         module = root.get_submodule(site.module)
         others = [n for n in tensors.aliases(bias) if _owner(root, n) is not module]
-        blocked = f"tied with {others[0]}" if others else unfit(tensors.by_name[bias])
+        blocked = f"tied with {others[0]}" if others else unfit(tensors.by_name[bias], lazy)
         if not blocked and bias in tensors.overlaps:
             blocked = f"it shares part of its memory with {tensors.overlaps[bias]}"
         if blocked or tensors.by_name[bias].numel() == 0:

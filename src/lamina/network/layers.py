@@ -36,6 +36,8 @@ def describe(path: str, module: nn.Module, parent: nn.Module | None) -> tuple[Si
         return _attention(path, module)
     if isinstance(module, RECURRENT):
         return _recurrent(path, module)
+    if type(module).__name__.endswith("Experts"):
+        return _experts(path, module)
     weight = module._parameters.get("weight")
     op = op_of(module)
     if not op or weight is None:
@@ -147,6 +149,23 @@ def _recurrent(path: str, module: nn.Module) -> tuple[Site, ...]:
             )
         )
     return tuple(sites)
+
+
+def _experts(path: str, module: nn.Module) -> tuple[Site, ...]:
+    """The weights of experts that one module keeps together, `[experts, out, in]` or, as some
+    families do, `[experts, in, out]`; either way a group each."""
+    return tuple(
+        Site(
+            name=join(path, leaf),
+            module=path,
+            weight=join(path, leaf),
+            shape=_shape(weight),
+            groups=_shape(weight)[0],
+            rigid=f"{type(module).__name__} keeps its experts in one tensor",
+        )
+        for leaf, weight in module._parameters.items()
+        if weight is not None and len(_shape(weight)) == 3 and min(_shape(weight)) > 1
+    )
 
 
 def _attention(path: str, module: nn.MultiheadAttention) -> tuple[Site, ...]:

@@ -179,6 +179,10 @@ def count_positions(
         return first.numel() / (1 if isinstance(module, EMBEDDING) else max(1, site.shape[0]))
     if not isinstance(output, torch.Tensor):
         return None
+    if len(site.shape) == 3 and site.op == "linear":  # each token goes to a few experts
+        kinds = (torch.int32, torch.int64)
+        chosen = [v for v in (*args, *kwargs.values()) if getattr(v, "dtype", None) in kinds]
+        return chosen[0].numel() / site.groups if chosen else None
     along_last = site.transposed or site.op == "embedding"
     width = site.shape[1] if along_last else site.shape[0]
     return output.numel() / max(1, width)

@@ -1,232 +1,148 @@
-"""Pretrained models of `transformers`: a folder becomes a Network, and its text a skeleton again.
-
-What a file says of such a network is a text: the name of a class of `transformers` itself, and the
-configuration, from which everything that would fetch or run something else has been taken out.
-"""
+"""Pretrained models of `transformers`: a folder, or a GGUF file, becomes a Network."""
 
 from __future__ import annotations
 
+import functools
+import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import struct
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lamina.errors import FileError, MissingExtraError, NetworkError
+from lamina.errors import MissingExtraError, NetworkError
+from lamina.network.examples import example_of, inner_configs, loss_of, task_of
 from lamina.network.isolate import one_line
+from lamina.network.skeletons import (
+    PREFIX,
+    build_pretrained,
+    clean_config,
+    foreign_in,
+    import_transformers,
+    offline,
+    own_class,
+    source_of,
+)
 from lamina.network.source import Network
 
-PREFIX = "transformers:"
-# Names of code, of places on a hub, and of what only this machine knows: nothing a file may say.
-LEFT_OUT = (
-    "auto_map",
-    "custom_pipelines",
-    "_name_or_path",
-    "name_or_path",
-    "quantization_config",
-    "use_kernels",
-    "transformers_version",
-    "use_pretrained_backbone",
-    "use_timm_backbone",
-    "backbone_kwargs",
-    "timm_model_args",
-)
-HEADS = ("ForCausalLM", "LMHeadModel", "LMHead", "ForMaskedLM", "Classification",
-         "ForConditionalGeneration", "ForCTC", "ForPreTraining")  # fmt: skip
-TOKENS = 16  # of an example input
+__all__ = [
+    "PREFIX",
+    "build_pretrained",
+    "clean_config",
+    "described",
+    "is_folder",
+    "is_gguf",
+    "open_folder",
+    "open_gguf",
+    "source_of",
+]
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+MAX_HEADER = 100_000_000  # of a safetensors file, as the format says
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether a path is a folder that `transformers` could open."""
-    return (Path(path) / "config.json").is_file()
+    folder = Path(path)
+    return (folder / "config.json").is_file() or bool(_ggufs(folder))
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is a GGUF file."""
+    return str(path).endswith(".gguf") and Path(path).is_file()
 
 
 def open_folder(path: str | Path) -> Network:
     """Open a Hugging Face folder: `config.json` and safetensors, in one file or in shards.
 
     The class is the one that `architectures` names, or the one `AutoModel` would take. Nothing is
-    fetched, no code of the folder is run, and weights keep their dtype.
+    fetched, no code of the folder is run, and weights keep their dtype. A folder with a GGUF file
+    and no safetensors is opened as `open_gguf` does.
 
     Args:
         path: the folder.
 
     Raises:
         NetworkError: it is no such folder, its class is not one of `transformers`, or its weights
-            cannot be read.
+            are not all there or cannot be read.
         MissingExtraError: `transformers` is not installed.
     """
     folder = Path(path)
+    if not any(folder.glob("*.safetensors")) and _ggufs(folder):
+        return open_gguf(_only_gguf(folder))
     config = _read_config(folder)
-    if not any(folder.glob("*.safetensors")):
-        found = sorted(p.name for p in folder.glob("*.bin"))
-        raise NetworkError(
-            "the folder has no safetensors", str(folder),
-            f"{found[0]} would have to be unpickled" if found else "there are no weights",
-            "save it with save_pretrained (safetensors)",
-        )  # fmt: skip
+    files = _weight_files(folder)
+    _refuse_foreign(config, str(folder))
     kind = _class_of(config, str(folder))
+    dtype = _stored_dtype(files)
     try:
-        with _offline():
-            module = kind.from_pretrained(
-                str(folder), local_files_only=True, dtype="auto", use_safetensors=True
-            )
+        with offline():
+            config, _ = kind.config_class.get_config_dict(str(folder), local_files_only=True)
+            settings = kind.config_class.from_dict(clean_config(config))
+            module, said = kind.from_pretrained(
+                str(folder), config=settings, local_files_only=True, dtype=dtype,
+                use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # whatever transformers may raise
         raise NetworkError(
             "the folder cannot be opened", str(folder), one_line(error), "check the files"
         ) from error
-    clean = clean_config(module.config.to_dict())
+    _refuse_missing(said, kind.__name__, str(folder))
     return described(
-        module.eval(), source=source_of(kind.__name__, clean), name=folder.resolve().name,
-        folder=str(folder),
+        module.eval(), source=source_of(module), name=folder.resolve().name,
+        folder=str(folder), disk_bytes=sum(file.stat().st_size for file in files),
+    )  # fmt: skip
+
+
+def open_gguf(path: str | Path) -> Network:
+    """Open a GGUF file; its values are expanded, and the file on disk counts as the original size.
+
+    Raises:
+        NetworkError: `transformers` cannot read it.
+        MissingExtraError: `transformers`, or `gguf`, which it reads them with, is not installed.
+    """
+    file = Path(path)
+    transformers = import_transformers()
+    try:
+        import gguf  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        raise MissingExtraError(
+            "gguf is not installed", str(file), "transformers reads these files with it",
+            "pip install gguf",
+        ) from None  # fmt: skip
+    try:
+        with offline(), redirect_stderr(io.StringIO()):  # it shows how far it is
+            where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+            config = transformers.AutoConfig.from_pretrained(str(file.parent), **where)
+            kinds = transformers.AutoModelForCausalLM._model_mapping
+            auto = "AutoModelForCausalLM" if type(config) in kinds else "AutoModel"
+            module = getattr(transformers, auto).from_pretrained(
+                str(file.parent), dtype=torch.float32, **where
+            )
+    except Exception as error:  # whatever transformers may raise
+        raise NetworkError(
+            "the GGUF file cannot be opened", str(file), one_line(error), "check the file"
+        ) from error
+    return described(
+        module.eval(), source=source_of(module), name=file.stem, folder=str(file),
+        disk_bytes=file.stat().st_size,
     )  # fmt: skip
 
 
 def described(module: nn.Module, **fields: Any) -> Network:
     """Return a Network of a `transformers` model, with its task, loss and example inputs."""
     config: Any = module.config
-    for part in (config, *_inner(config)):
+    for part in (config, *inner_configs(config)):
         if getattr(part, "use_cache", None):
             part.use_cache = False  # what a cache holds is of no use here, and costs memory
-    kind = type(module).__name__
-    task = task_of(module)
-    loss = "logits" if any(kind.endswith(head) for head in HEADS) else "features"
     return Network(
-        module, example_kwargs=example_of(module), loss=loss, task=task,
-        **{"name": kind, **fields},
+        module, example_kwargs=example_of(module), loss=loss_of(module), task=task_of(module),
+        **{"name": type(module).__name__, **fields},
     )  # fmt: skip
-
-
-def source_of(kind: str, config: Mapping[str, Any]) -> str:
-    """Return the text that rebuilds a skeleton: class and configuration, as compact JSON."""
-    told = {"class": kind, "config": config}
-    return PREFIX + json.dumps(told, separators=(",", ":"), sort_keys=True, ensure_ascii=True)
-
-
-def clean_config(config: Any) -> Any:
-    """Return a configuration without what would fetch or run something, at every depth.
-
-    Example:
-        >>> clean_config({"hidden_size": 8, "auto_map": {"AutoModel": "x.py"}})
-        {'hidden_size': 8}
-    """
-    if isinstance(config, Mapping):
-        return {
-            str(key): clean_config(value)
-            for key, value in config.items()
-            if key not in LEFT_OUT and not str(key).endswith("_implementation")
-        }
-    if isinstance(config, (list, tuple)):
-        return [clean_config(value) for value in config]
-    if isinstance(config, torch.dtype):
-        return str(config).removeprefix("torch.")
-    return config
-
-
-def build_pretrained(source: str) -> nn.Module:
-    """Build the skeleton that a text of `source_of` stands for, its parameters on `meta`.
-
-    Raises:
-        FileError: the text is none of ours, or `transformers` cannot build such a network.
-        MissingExtraError: `transformers` is not installed.
-    """
-    from accelerate import init_empty_weights
-
-    try:
-        told = json.loads(source.removeprefix(PREFIX))
-        name, config = told["class"], clean_config(told["config"])
-        if not isinstance(name, str) or not isinstance(config, dict):
-            raise TypeError("class and configuration have other types")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(
-            "the file does not say how to rebuild its network", "", str(error)
-        ) from None
-    transformers = _transformers()
-    kind = _own_class(name)
-    if kind is None:
-        raise FileError(
-            "unknown network class", name[:80], "transformers has no such model",
-            f"this is version {transformers.__version__}; update it",
-        )  # fmt: skip
-    dtype = getattr(torch, str(config.get("dtype") or "float32"), torch.float32)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        dtype = torch.float32
-    try:
-        # Buffers are computed, not stored, so they need memory; parameters come from the file.
-        with _offline(), init_empty_weights(include_buffers=False):
-            module = kind._from_config(kind.config_class.from_dict(config), dtype=dtype)
-    except Exception as error:  # whatever a configuration may make a class do
-        raise FileError(
-            "the network cannot be rebuilt", name, one_line(error),
-            f"this is transformers {transformers.__version__}; try the one that wrote the file",
-        ) from error  # fmt: skip
-    return module.eval()  # type: ignore[no-any-return]
-
-
-def task_of(module: nn.Module) -> str:
-    """Return what a `transformers` model is for: `"causal"`, `"masked"`, `"classify"`,
-    `"seq2seq"`, `"image"`, `"audio"` or `"features"`."""
-    name, config = type(module).__name__, module.config
-    main = str(getattr(module, "main_input_name", "input_ids"))
-    if main == "pixel_values":
-        return "image"
-    if main in ("input_values", "input_features"):
-        return "audio"
-    if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq"
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal"
-    if name.endswith(("ForMaskedLM", "ForPreTraining")):
-        return "masked"
-    return "classify" if "Classification" in name else "features"
-
-
-def example_of(module: nn.Module) -> dict[str, Any]:
-    """Return a small batch of the inputs a `transformers` model takes, from a fixed seed."""
-    config: Any = module.config
-    main = str(getattr(module, "main_input_name", "input_ids"))
-    draw = torch.Generator().manual_seed(0)
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    if main == "pixel_values":
-        side = _setting(config, "image_size", 224)
-        high, wide = side if isinstance(side, (list, tuple)) else (side, side)
-        image = (2, int(_setting(config, "num_channels", 3)), int(high), int(wide))
-        return {main: torch.randn(image, generator=draw).to(dtype)}
-    if main == "input_features":
-        shape = (2, int(_setting(config, "num_mel_bins", 80)),
-                 2 * int(_setting(config, "max_source_positions", 1500)))  # fmt: skip
-        given = {main: torch.randn(shape, generator=draw).to(dtype)}
-    elif main == "input_values":
-        given = {main: torch.randn((2, 8000), generator=draw).to(dtype)}
-    else:
-        ids = _tokens(config, draw)
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = _tokens(config, draw)
-    return given
-
-
-def _tokens(config: Any, draw: torch.Generator) -> torch.Tensor:
-    most = int(_setting(config, "max_position_embeddings", 512))
-    size = int(_setting(config, "vocab_size", 100))
-    shape = (2, min(TOKENS, max(2, most // 2)))
-    return torch.randint(min(5, size - 1), size, shape, generator=draw)
-
-
-def _setting(config: Any, name: str, otherwise: Any) -> Any:
-    """Return a setting of a configuration, or of one inside it."""
-    for part in (config, *_inner(config)):
-        found = getattr(part, name, None)
-        if found is not None:
-            return found
-    return otherwise
-
-
-def _inner(config: Any) -> list[Any]:
-    parts = [v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
-    return [*parts, *(deeper for part in parts for deeper in _inner(part))]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -236,21 +152,100 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise NetworkError(
             "not a Hugging Face folder", str(folder), one_line(error), "it needs a config.json"
         ) from None
-    if not isinstance(found, dict) or "model_type" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise NetworkError(
             "not a Hugging Face folder", str(folder), "config.json has no model_type"
         )
     return found
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors that `transformers` would read.
+
+    Raises:
+        NetworkError: there are none, or one that the index names is missing.
+    """
+    found = [folder / WHOLE]
+    if not found[0].is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            found = [folder / str(name) for name in sorted(set(index.values()))]
+        except FileNotFoundError:
+            others = sorted(p.name for p in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+            why = f"it has {others[0]}" if others else "there are no weights"
+            if others and others[0].endswith(".bin"):
+                why = f"{others[0]} would have to be unpickled"
+            raise NetworkError(
+                f"the folder has no {WHOLE}", str(folder), why,
+                "save it with save_pretrained (safetensors)",
+            ) from None  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise NetworkError(
+                "the index cannot be read", str(folder / INDEX), one_line(error)
+            ) from None
+    for file in found:
+        if file.parent != folder or not file.is_file():
+            raise NetworkError(
+                "a file of weights is missing", str(file), f"{INDEX} names it", "fetch it again"
+            )
+    return found
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """Return the dtype that all floating weights of some safetensors fit in."""
+    kinds: set[torch.dtype] = set()
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                if length > MAX_HEADER:
+                    raise ValueError("its header is too long")
+                header = json.loads(opened.read(length))
+            entries = [v for k, v in header.items() if k != "__metadata__"]
+            kinds |= {FLOATS[v["dtype"]] for v in entries if v["dtype"] in FLOATS}
+        except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
+            raise NetworkError(
+                "the weights cannot be read", str(file), one_line(error), "fetch the file again"
+            ) from None
+    return functools.reduce(torch.promote_types, kinds) if kinds else torch.float32
+
+
+def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
+    quantized = config.get("quantization_config")
+    if quantized:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else ""
+        raise NetworkError(
+            "the folder is quantized already", where, f"by {kind or 'a method it does not name'}",
+            "start from the model it was made of",
+        )  # fmt: skip
+    why = foreign_in(config)
+    if why:
+        raise NetworkError(
+            "the model is not of transformers alone", where, why,
+            "open it yourself, and give lamina the nn.Module",
+        )  # fmt: skip
+
+
+def _refuse_missing(said: Mapping[str, Any], kind: str, where: str) -> None:
+    missing = sorted(said.get("missing_keys") or ())
+    if missing:
+        raise NetworkError(
+            f"{len(missing)} weights are not in the folder", where,
+            f"a {kind} needs {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}",
+            "name the class that was saved in config.json's architectures",
+        )  # fmt: skip
+
+
 def _class_of(config: Mapping[str, Any], where: str) -> Any:
     """Return the class of `transformers` that a folder's configuration asks for."""
-    transformers = _transformers()
-    for name in config.get("architectures") or ():
-        kind = _own_class(str(name))
+    transformers = import_transformers()
+    names = config.get("architectures")
+    names = names if isinstance(names, list) else []
+    for name in names:
+        kind = own_class(str(name))
         if kind is not None:
             return kind
-    named = (config.get("architectures") or ["no architecture"])[0]
+    named = str(names[0]) if names else "no architecture"
     if "auto_map" in config:
         raise NetworkError(
             "the folder brings its own code", where, f"{named} is not a class of transformers",
@@ -266,41 +261,15 @@ def _class_of(config: Mapping[str, Any], where: str) -> Any:
         ) from None  # fmt: skip
 
 
-def _own_class(name: str) -> Any:
-    """Return a model class of `transformers` itself, or None."""
-    transformers = _transformers()
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if not isinstance(kind, type) or not kind.__module__.startswith("transformers.models."):
-        return None
-    return kind if issubclass(kind, transformers.PreTrainedModel) else None
+def _ggufs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.gguf")) if folder.is_dir() else []
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError(
-            "transformers is not installed", "", "Hugging Face models need it",
-            "pip install 'lamina[hf]'",
-        ) from None  # fmt: skip
-    return transformers
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Keep `transformers` from asking a hub for anything, and from talking while it works."""
-    from huggingface_hub import constants
-    from transformers.utils import logging
-
-    before, level = constants.HF_HUB_OFFLINE, logging.get_verbosity()
-    constants.HF_HUB_OFFLINE = True
-    logging.set_verbosity_error()
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+def _only_gguf(folder: Path) -> Path:
+    found = _ggufs(folder)
+    if len(found) > 1:
+        raise NetworkError(
+            "the folder has several GGUF files", str(folder),
+            f"{', '.join(f.name for f in found[:4])}", "name one of them",
+        )  # fmt: skip
+    return found[0]

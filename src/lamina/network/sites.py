@@ -86,9 +86,9 @@ class Site:
 def as_matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """Return a layer's weight as independent matrices `[groups, out, in]` acting on input columns.
 
-    linear `[g*out, in]`; conv `[g*out, in, *kernel]` (a column is an unfolded patch, channel
-    first); conv_transpose `[g*in, out, *kernel]` gives `[g, out*K, in]`; embedding `[rows, dim]`
-    gives `[1, dim, rows]` (a column is one-hot).
+    linear `[g*out, in]`, or of experts `[g, out, in]`; conv `[g*out, in, *kernel]` (a column is an
+    unfolded patch, channel first); conv_transpose `[g*in, out, *kernel]` gives `[g, out*K, in]`;
+    embedding `[rows, dim]` gives `[1, dim, rows]` (a column is one-hot).
 
     Example:
         >>> as_matrix(Site("c", op="conv", groups=2), torch.zeros(4, 3, 5, 5)).shape
@@ -99,6 +99,8 @@ def as_matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
         return weight.T.unsqueeze(0)
     if site.op == "conv_transpose":
         return weight.reshape(g, weight.shape[0] // g, -1).transpose(1, 2)
+    if site.op == "linear" and weight.dim() == 3:
+        return weight
     return weight.reshape(g, weight.shape[0] // g, -1)
 
 

@@ -28,6 +28,9 @@ class Network:
             was opened from a file has some).
         task: of a `transformers` model, what it is for (`"causal"`, ...); `""` of any other.
         folder: where its tokenizer lies; never written to a file.
+        disk_bytes: what the files it was opened from take: the 100 % of a budget's size; 0: what
+            its tensors take.
+        known: its digest, where the module has no values to make one of (it is streamed).
         box: for which inputs it equals what it was made of, `"low,high"` (of each channel,
             separated by semicolons); `""`: nothing was made of anything, or there is no limit.
 
@@ -48,6 +51,8 @@ class Network:
     box: str = ""
     task: str = ""
     folder: str = ""
+    disk_bytes: int = 0
+    known: str = ""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the module without gradients, in evaluation mode; return its main output tensor."""
@@ -62,7 +67,7 @@ class Network:
 
     def digest(self) -> str:
         """Return a hash of every parameter and buffer: name, shape, dtype and bytes [hex]."""
-        return digest(self.module)
+        return self.known or digest(self.module)
 
 
 def digest(module: nn.Module) -> str:

@@ -64,8 +64,13 @@ def named_tensors(module: nn.Module) -> Tensors:
     return Tensors(by_name, first, names, _overlaps(by_name, first))
 
 
-def unfit(tensor: torch.Tensor) -> str:
-    """Return why a tensor's values cannot be compressed, or `""`."""
+def unfit(tensor: torch.Tensor, meta: bool = False) -> str:
+    """Return why a tensor's values cannot be compressed, or `""`.
+
+    Args:
+        tensor: it.
+        meta: values that are elsewhere are welcome.
+    """
     if is_lazy(tensor):
         return "it is uninitialised; run the network once first"
     if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer):
@@ -76,7 +81,7 @@ def unfit(tensor: torch.Tensor) -> str:
         return "it is quantized already"
     if tensor.dtype not in FLOATS:
         return f"its dtype is {str(tensor.dtype).removeprefix('torch.')}"
-    if tensor.is_meta:
+    if tensor.is_meta and not meta:
         return "it is on the meta device and has no values"
     if any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         return "its elements share memory (an expanded tensor)"

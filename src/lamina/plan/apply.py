@@ -28,7 +28,7 @@ from lamina.plan.plan import Plan
 from lamina.plan.rewrite import Rewritten, copy_module, rewrite
 from lamina.plan.spans import parts_of
 
-__all__ = ["Edited", "apply", "check_fits", "check_made_for", "copy_module", "settle"]
+__all__ = ["Edited", "apply", "carry_out", "check_fits", "check_made_for", "copy_module", "settle"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -92,7 +92,7 @@ def apply(
         steps = list(decision.steps)
         site = sites[name]
         if site.kind == "layer":
-            edits += _carry_out(edited, site, stats.of(name), steps, name, floats)
+            edits += carry_out(edited, site, stats.of(name), steps, name, floats)
         else:
             parts = parts_of(edited, sites, stats, site)
             edits += _carry_out_span(edited, site, parts, steps, name, floats)
@@ -143,7 +143,7 @@ def check_made_for(plan: Plan, network: Network) -> None:
         )
 
 
-def _carry_out(
+def carry_out(
     network: Network,
     site: Site,
     stats: LayerStats | None,
@@ -203,7 +203,7 @@ def _follow(
             s for s in later if s.at == leaf.site.name or s.at.startswith(f"{leaf.site.name}.")
         ]
         inside = inside or [Step("keep", leaf.site.name)]
-        edits += _carry_out(network, leaf.site, leaf.stats, inside, name, floats)
+        edits += carry_out(network, leaf.site, leaf.stats, inside, name, floats)
     return edits
 
 

@@ -70,13 +70,13 @@ def propose_layers(
 
 
 def choose_methods(names: Sequence[str] | None) -> list[Method]:
-    """Return the methods of layers to ask, `keep` first.
+    """Return the methods of layers to ask, `keep` first; those of no `asked` only by name.
 
     Raises:
         MethodError: a name is unknown, or the list is empty.
     """
     if names is None:
-        return list(registry().values())
+        return [m for m in registry().values() if getattr(m, "asked", True)]
     if isinstance(names, str):
         raise MethodError("methods is a list of names", repr(names), "", f"write [{names!r}]")
     chosen = {"keep": get_method("keep")} | {name: find_method(name) for name in names}

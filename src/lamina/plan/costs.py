@@ -19,6 +19,9 @@ PLAN = {"*": "x" * 24}  # stands for the plan's summary in the file
 def original_cost(network: Network, sites: Sites) -> Cost:
     """Return what the whole network costs: its plain state, its parameters, its sites' MACs.
 
+    A network that was opened from files of its own (bfloat16 shards, 4-bit GGUF) is as large as
+    these, whatever its tensors take in memory.
+
     Example:
         >>> from torch import nn
         >>> original_cost(Network(nn.Linear(3, 2)), Sites(())).bits
@@ -28,7 +31,8 @@ def original_cost(network: Network, sites: Sites) -> Cost:
     for tensor in network.module.state_dict().values():
         seen[tensor.data_ptr(), tuple(tensor.shape)] = tensor.numel() * tensor.element_size()
     params = float(sum(p.numel() for p in network.module.parameters()))
-    return Cost(params, 8.0 * sum(seen.values()), sum(site.macs for site in sites.layers))
+    size = network.disk_bytes or sum(seen.values())
+    return Cost(params, 8.0 * size, sum(site.macs for site in sites.layers))
 
 
 def fixed_cost(network: Network, sites: Sites, structure: Sequence[Edit] = ()) -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina.measure.stats import Stats
-from lamina.methods.base import Candidate, Stage
+from lamina.methods.base import Candidate, Stage, registry
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan.chains import Progress, choose_methods, choose_spanning, propose_layers
@@ -19,6 +19,7 @@ def propose(
     methods: Sequence[str] | None = None,
     progress: Progress | None = None,
     bytes_count: bool = True,
+    seconds_count: bool = False,
 ) -> dict[str, tuple[Candidate, ...]]:
     """Ask every method for its offers, and chain them through the stages.
 
@@ -30,6 +31,8 @@ def propose(
         progress: called with (sites done, sites in all, site name).
         bytes_count: whether the budget limits bytes. Where it does not, methods that only change
             how values are stored have nothing to offer but error, and are not asked.
+        seconds_count: whether the budget limits latency. Only then methods that save nothing but
+            time (`saves_time`) are asked without being named.
 
     Returns:
         Per site name its Pareto candidates, sorted by falling cost in bits: of every layer, then of
@@ -39,8 +42,11 @@ def propose(
         MethodError: an unknown method.
     """
     asked = choose_methods(methods)
+    quick = [m for m in registry().values() if seconds_count and getattr(m, "saves_time", False)]
+    if methods is None:
+        asked += [m for m in quick if m not in asked]
     if not bytes_count:
-        asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES]
+        asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES or m in quick]
     spans = find_spans(sites, choose_spanning(methods))
     count = len(sites.layers)
 

@@ -19,6 +19,7 @@ from lamina.recipes.low_rank import LowRank
 from lamina.recipes.merge import LayerMerge
 from lamina.recipes.retraining import check_data
 from lamina.recipes.settings import Pruning
+from lamina.recipes.transformer import IntTwoFour
 from lamina.recipes.weightless import Weightless
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Filters",
     "Followed",
     "Funnel",
+    "IntTwoFour",
     "LayerCollapse",
     "LayerFusion",
     "LayerMerge",
@@ -46,6 +48,7 @@ Recipe = (
     | LayerCollapse
     | LayerFusion
     | LayerMerge
+    | IntTwoFour
 )
 RECIPES: dict[str, type[Recipe]] = {
     r.name: r
@@ -58,6 +61,7 @@ RECIPES: dict[str, type[Recipe]] = {
         LayerCollapse,
         LayerFusion,
         LayerMerge,
+        IntTwoFour,
     )
 }
 

@@ -82,6 +82,7 @@ def collect(
     errors, applied, measured = measure_errors(
         network, base, data, sites, plan, edited, final, notes
     )
+    notes += _on_disk(network)
     limits, met = _budget(plan, limit, file_bytes, quality, latency, notes)
     return {
         "lamina": __version__,
@@ -224,6 +225,20 @@ def _budget(
         used = spent[name]
         met[name] = None if used is None else bool(used <= most)
     return limits, met
+
+
+def _on_disk(network: Network) -> list[str]:
+    """Say what sizes refer to, where the original was opened from files of another size."""
+    seen = {(t.data_ptr(), tuple(t.shape)): t for t in network.module.state_dict().values()}
+    size = sum(t.numel() * t.element_size() for t in seen.values())
+    if not network.disk_bytes or abs(size / network.disk_bytes - 1) < 0.05:
+        return []
+    kind = "GGUF" if network.folder.endswith(".gguf") else "safetensors"
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in seen.values()})
+    return [
+        f"Original: {network.disk_bytes / 1e6:.1f} MB on disk ({kind}), {size / 1e6:.1f} MB as "
+        f"{' and '.join(dtypes)} in memory. Sizes and ratios refer to the file on disk."
+    ]
 
 
 def _text(plan: Plan) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lamina.errors import DataError
-from lamina.measure.loss import decide_loss
+from lamina.measure.loss import decide_loss, pooled
 from lamina.network.source import main_output
 
 IGNORED = -100  # torch's label that does not count
@@ -31,7 +31,8 @@ def distillation_loss(
     Args:
         output, taught: what the edited and the original network gave.
         labels: class indices of the outputs' shape without the class dimension, or None.
-        kind: `"logits"`, `"features"` or `"auto"`, decided as when the network was measured.
+        kind: `"logits"`, `"features"`, `"embedding"` (the loss is twice one minus the cosine) or
+            `"auto"`, decided as when the network was measured.
         weight: of distillation against the labels' cross-entropy; without labels it is all.
         temperature: softens both distributions; the loss is scaled by its square.
         tokens: what a language model was given `[N, T]`; labels that are these very tokens mean
@@ -45,8 +46,10 @@ def distillation_loss(
     """
     ours, theirs = main_output(output).float(), main_output(taught).float()
     loss = decide_loss(kind, output, ours, labels)
+    if loss.kind == "embedding":
+        return _away(pooled(ours, mask), pooled(theirs, mask))
     if loss.kind == "features":
-        return F.mse_loss(ours, theirs) / theirs.pow(2).mean().clamp_min(1e-12)
+        return _away(counted(ours, mask), counted(theirs, mask))
     ours, theirs = ours.movedim(loss.axis, -1), theirs.movedim(loss.axis, -1)
     hard = _cross_entropy(ours, labels, tokens)
     if mask is not None and mask.shape == ours.shape[:-1] and bool(mask.any()):
@@ -58,6 +61,18 @@ def distillation_loss(
         reduction="batchmean",
     ) * (temperature**2)
     return soft if hard is None else weight * soft + (1 - weight) * hard
+
+
+def counted(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the values `[N, T, ...]` of the tokens that count; all, where there is no mask."""
+    if mask is None or values.dim() < 3 or mask.shape != values.shape[:2] or not bool(mask.any()):
+        return values
+    return values[mask.bool()]
+
+
+def _away(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared difference, relative to what the original gives."""
+    return F.mse_loss(ours, theirs) / theirs.pow(2).mean().clamp_min(1e-12)
 
 
 def _cross_entropy(
@@ -113,10 +128,14 @@ class Hidden:
 
         return hook
 
-    def loss(self) -> torch.Tensor:
-        """Return the mean relative squared difference over layers of equal shape."""
+    def loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the mean relative squared difference over layers of equal shape.
+
+        Args:
+            mask: `[N, T]`, 0 where a token does not count, of outputs `[N, T, C]`.
+        """
         terms = [
-            F.mse_loss(self.ours[n].float(), t.float()) / t.float().pow(2).mean().clamp_min(1e-12)
+            _away(counted(self.ours[n].float(), mask), counted(t.float(), mask))
             for n, t in self.theirs.items()
             if n in self.ours and self.ours[n].shape == t.shape
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,9 @@ from lamina.train.hold import HeldGrid, HeldNetwork
 SMALL = 4096  # symbols; smaller tensors are simply coded
 WIDEST = 8.0  # the most that levels are drawn towards zero, in steps
 HEAD = 8  # bytes of a record that are not symbols
+LARGE = 1 << 22  # symbols; networks with more are fitted by estimates
+LOOKS = 4  # real sizes that correct those
+Size = Callable[[Mapping[str, Values]], float]
 
 
 def held_bytes(values: Mapping[str, Values]) -> int:
@@ -43,22 +46,46 @@ def fit(net: HeldNetwork, room: float | None) -> dict[str, Values]:
     that were trained.
     """
     values = net.release()
-    if room is None or held_bytes(values) <= room:
+    if room is None:
+        return values
+    whole = held_bytes(values)
+    if whole <= room:
         return values
     levels = {
         name: held.levels().detach()
         for name, held in zip(net.names, net.held, strict=True)
         if isinstance(held, HeldGrid)
     }
+    if sum(z.numel() for z in levels.values()) <= LARGE:
+        return _widened(values, levels, held_bytes, room)
+    # Coding millions of symbols takes seconds: most looks are estimates, corrected by real ones.
+    target, best = float(room), values
+    for _ in range(LOOKS):
+        best = _widened(values, levels, _estimate(whole / max(estimated_bytes(best), 1.0)), target)
+        whole = held_bytes(best)
+        if whole <= room:
+            return best
+        target -= 1.1 * (whole - room)
+    return _widened(values, levels, held_bytes, room)
+
+
+def _estimate(correction: float) -> Size:
+    return lambda values: correction * estimated_bytes(values)
+
+
+def _widened(
+    values: Mapping[str, Values], levels: Mapping[str, torch.Tensor], size: Size, room: float
+) -> dict[str, Values]:
+    """Return the values with the least widening at which their size is at most `room`."""
     low, high = 0.0, 0.5
     best = _narrow(values, levels, high)
-    while high < WIDEST and held_bytes(best) > room:
+    while high < WIDEST and size(best) > room:
         low, high = high, 2 * high
         best = _narrow(values, levels, high)
     for _ in range(12):
         middle = (low + high) / 2
         trial = _narrow(values, levels, middle)
-        if held_bytes(trial) <= room:
+        if size(trial) <= room:
             high, best = middle, trial
         else:
             low = middle

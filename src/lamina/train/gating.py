@@ -12,17 +12,17 @@ from torch import nn
 
 from lamina.data import Data
 from lamina.errors import DataError
-from lamina.measure.forward import batches, call
+from lamina.measure.forward import batches
 from lamina.measure.stats import Stats
 from lamina.methods.tucker import macs_of
 from lamina.network.sites import Site
 from lamina.network.source import Network
 from lamina.plan.apply import copy_module
-from lamina.train.distill import distillation_loss
 from lamina.train.funnel import Cut, Gated, close, cut, funnel, gated_macs, shrink
 from lamina.train.moments import Norm
-from lamina.train.order import count_batches, seeded, set_seed
+from lamina.train.order import Epochs, count_batches
 from lamina.train.pressure import REACHED, Price
+from lamina.train.teach import rest_norms, taught_loss
 
 CHECKS = 60  # looks at the operations in one training
 BEGIN = 1.0  # least price of a gate: what pulls at it, over the steady pull of the loss on it
@@ -179,43 +179,27 @@ class _Training:
 
     def run(self, progress: Progress | None) -> Learned:
         every = max(1, self.steps // CHECKS)
-        train: Any = self.data.train
-        step = 0
-        while step < self.steps:
-            epoch = step // self.per_epoch
-            if hasattr(train, "set_epoch"):
-                train.set_epoch(epoch)
-            before = step
-            for raw in seeded(train, self.gating.seed + epoch):
-                set_seed(self.gating.seed * 1_000_003 + step)
-                loss = self._step(raw, step / self.steps)
-                step += 1
-                if not math.isfinite(loss):
-                    where = f"step {step}"
-                    raise DataError("the loss is not finite", where, "", "lower the rate: lr=")
-                last = step == self.steps
-                if step % every == 0 or last:
-                    self._check(step, loss)
-                if progress and (step % 10 == 0 or last):
-                    share = self.macs() / max(sum(site.macs for site in self.sites), 1.0)
-                    progress(step, self.steps, f"loss {loss:.3f}, {share:.0%} of the operations")
-                if last:
-                    break
-            if step == before:
-                raise DataError("the training data gives no batches", "data.train", "", "give some")
+        epochs = Epochs(self.data.train, self.gating.seed, self.per_epoch)
+        for number, raw in epochs.numbered(0, self.steps):
+            loss = self._step(raw, number / self.steps)
+            step = number + 1
+            if not math.isfinite(loss):
+                raise DataError("the loss is not finite", f"step {step}", "", "lower the rate: lr=")
+            last = step == self.steps
+            if step % every == 0 or last:
+                self._check(step, loss)
+            if progress and (step % 10 == 0 or last):
+                share = self.macs() / max(sum(site.macs for site in self.sites), 1.0)
+                progress(step, self.steps, f"loss {loss:.3f}, {share:.0%} of the operations")
         return self._finish()
 
     def _step(self, raw: Any, progress: float) -> float:
         batch = next(batches(self.student, [raw]))
-        for norm in self.norms:
-            norm.train(batch.size > 1)  # one value per channel has no variance
-        with torch.no_grad():
-            taught = call(self.teacher, batch)
+        rest_norms(self.norms, batch)
         g = self.gating
-        output = self.student(*batch.args, **batch.kwargs)
-        loss = distillation_loss(
-            output, taught, batch.labels, self.loss,
-            weight=g.distill, temperature=g.temperature, mask=batch.mask,
+        loss = taught_loss(
+            self.student, self.teacher, batch, self.loss,
+            weight=g.distill, temperature=g.temperature,
         )  # fmt: skip
         loss.backward()
         self.optimizer.step()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lamina.forms import Codebook, Edit, Grid, Plain, Sparse, Values, find_tensor
-from lamina.forms.values import exponent_scale
+from lamina.forms.values import BOTH, exponent_scale
 
 
 class HeldGrid(nn.Module):
@@ -38,12 +38,12 @@ class HeldGrid(nn.Module):
         scale = torch.ones(())
         if values.exponents is not None:
             scale = exponent_scale(values.exponents)
-            shape = [1] * start.dim()
-            if values.axis == 0:
-                shape[0] = -1
-                scale = scale.reshape(shape)
+            down, across = [-1] + [1] * (start.dim() - 1), [1, *start.shape[1:]]
+            if values.axis == BOTH:
+                rows = len(start)
+                scale = scale[:rows].reshape(down) * scale[rows:].reshape(across)
             else:
-                scale = scale.reshape(1, *start.shape[1:])
+                scale = scale.reshape(across if values.axis else down)
         self.register_buffer("scale", scale, False)
 
     def step(self) -> torch.Tensor:

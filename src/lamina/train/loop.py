@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lamina.artifact import pack
 from lamina.data import Data
-from lamina.errors import BudgetError, DataError, NetworkError
-from lamina.forms import Edit, Values, install
-from lamina.measure.forward import Batch, batches, call
+from lamina.errors import DataError, RunError
+from lamina.forms import Edit, Values
+from lamina.measure.forward import batches
 from lamina.network.source import Network
-from lamina.plan.apply import Edited, copy_module
+from lamina.plan.apply import Edited
 from lamina.train.checkpoint import read_checkpoint, write_checkpoint
-from lamina.train.distill import Hidden, distillation_loss
+from lamina.train.crew import LED, Crew, moved, shares, weight_of
 from lamina.train.fit import estimated_bytes, fit, held_bytes
-from lamina.train.hold import HeldNetwork
-from lamina.train.moments import Norm
-from lamina.train.order import count_batches, samples_of, seeded, set_seed
-from lamina.train.pressure import first_price, rate_penalty
+from lamina.train.following import Job, Recovered, compute, finished, follow, seeded_devices
+from lamina.train.learner import Learner
+from lamina.train.optimize import make_optimizer
+from lamina.train.order import Epochs, count_batches, no_batches, samples_of
+from lamina.train.pressure import first_price
 from lamina.train.recovery import Recovery
-from lamina.train.starts import check_values, count_steps, held_edits, start_edit
+from lamina.train.starts import count_steps
+from lamina.train.tuning import LEAST, MANTISSA, is_small, shortened
+
+__all__ = ["Recovered", "recover"]
 
 CHECKS = 60  # looks at the size in one training
 EXACT = 6  # every so many looks code the tensors for real
+LARGE = 1 << 22  # trained values: checkpoints of more take time, and put off the next one
+CALM = 20  # times as long as they took
+APART = 40_503_007  # between the seeds of two processes
+CPU = torch.device("cpu")
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What training gave: the edited network with trained values, and its history.
-
-    `state` is the last state of the training, to be written where it was given a checkpoint, and
-    empty where it was not: it is several times as large as the network.
-    """
-
-    edited: Edited
-    history: tuple[Mapping[str, float], ...]
-    steps: int
-    state: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def recover(
@@ -61,6 +57,9 @@ def recover(
 ) -> Recovered:
     """Train an edited network on its own data, taught by the original.
 
+    Where several processes call it (see `crew`), the first one's data, settings and files are what
+    counts, and all return what it made.
+
     Args:
         original: the teacher.
         edited: from `apply`; not changed.
@@ -76,29 +75,38 @@ def recover(
         DataError: there is no training data, it does not fit, or the loss is not finite.
         NetworkError: there is nothing to train, or a tensor has no values.
         BudgetError: SGD where grid steps are trained.
+        RunError: another process failed.
     """
     recovery = recovery or Recovery()
     if data.train is None:
         raise DataError("recovery needs training data", "data.train", "", "use recover=None")
-    with torch.random.fork_rng(devices=_seeded_devices()), torch.enable_grad():
-        return _Training(original, edited, data, recovery, limit, macs, chains or {}).run(
-            checkpoint, progress
-        )
-
-
-def _seeded_devices() -> list[int]:
-    """Return the CUDA devices whose random state `torch.manual_seed` would change."""
-    if torch.cuda.is_initialized():
-        return list(range(torch.cuda.device_count()))
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    crew = LED[0] if LED else Crew()
+    squeeze = recovery.squeezes and limit is not None
+    if crew.rank:
+        made = follow(crew, original, edited, recovery, squeeze, alone=False)
+        if made is None:
+            raise RunError("the first process could not train", "", "its error says why")
+        return made
+    with torch.random.fork_rng(devices=seeded_devices()), torch.enable_grad():
+        learner = Learner(original, edited, recovery, squeeze, crew.device)
+        training = _Training(crew, learner, edited, data, recovery, limit, macs, chains or {})
+        if LED:
+            bare = replace(edited, network=replace(edited.network, data=None))
+            crew.tell("train", replace(original, data=None), bare, recovery, squeeze)
+        try:
+            return training.run(checkpoint, progress)
+        except Exception:
+            crew.tell("stop")
+            raise
 
 
 class _Training:
-    """One training: what stays fixed while the loop runs."""
+    """One training, on the process that leads: what stays fixed while the loop runs."""
 
     def __init__(
         self,
-        original: Network,
+        crew: Crew,
+        learner: Learner,
         edited: Edited,
         data: Data,
         recovery: Recovery,
@@ -106,68 +114,27 @@ class _Training:
         macs: float,
         chains: Mapping[str, str],
     ) -> None:
-        # Not Accelerator(): it would fix the precision of any that the user makes later.
-        from accelerate import PartialState
-
-        check_values(original.module)
-        check_values(edited.model)
+        self.crew, self.learner, self.net = crew, learner, learner.net
         self.recovery, self.data, self.edited, self.chains = recovery, data, edited, chains
-        self.device = device = PartialState().device
-        self.teacher = copy_module(original.module).eval().requires_grad_(False).to(device)
-        self.student = copy_module(edited.model).to(device)
-        self.norms = [m for m in self.student.modules() if isinstance(m, Norm)]
-        self.loss_kind = original.loss
-        self.edits = held_edits(self.student, edited.edits)
-        squeeze = recovery.rate and limit is not None
-        wide = squeeze and recovery.start == "wide"
-        starts = edited.floats if wide else {}
-        begun = [start_edit(e, starts) for e in self.edits]
-        self.net = HeldNetwork(self.student, begun, starts).to(device)
-        self.per_epoch = count_batches(data.train)
-        if not self.per_epoch:
-            raise _no_batches()
-        self.steps = count_steps(recovery.epochs, self.per_epoch, samples_of(data), macs)
-        parts = list(self.net.named_parameters())
-        slow = [p for n, p in parts if not n.endswith("log_step")]
-        fast = [p for n, p in parts if n.endswith("log_step")]
-        if not parts:
-            raise NetworkError(
-                "there is nothing to train", original.name, "every parameter is frozen",
-                "use recover=None, or requires_grad_(True)",
-            )  # fmt: skip
+        count = count_batches(data.train)
+        if not count:
+            raise no_batches()
+        self.epochs = Epochs(data.train, recovery.seed, count)
+        number = count_steps(recovery.epochs, count, samples_of(data), macs)
+        self.steps = math.ceil(number / recovery.accumulate)
         self.limit, self.price, self.other, self.correction = limit, None, 0.0, 1.0
+        if recovery.parts == "scales" and limit is None:
+            self.limit = limit = float(len(self._pack(self.net.release())))
         walk = 1.0
         if limit is not None:
             self.other = self._overhead()
             start = max(self._size(), 1.0)
-            if squeeze:
+            if recovery.squeezes:
                 target = max(0.99 * limit - self.other, 1.0)
                 self.price = first_price(recovery.price, start, target)
                 walk = start / target
-        if fast and recovery.optimizer == "sgd":
-            raise BudgetError(
-                "sgd cannot train grid steps", original.name, "their scale is not that of weights",
-                "use optimizer='adam', or methods that leave floats",
-            )  # fmt: skip
-        lr, step_lr = recovery.rates(walk)
-        # Decay is for matrices: a shared value must not shrink for each of its members.
-        decayed = [p for p in slow if p.dim() > 1 and recovery.decay]
-        groups: list[dict[str, Any]] = [{"params": decayed, "lr": lr}] if decayed else []
-        if rest := [p for p in slow if p.dim() < 2 or not recovery.decay]:
-            groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
-        if fast:
-            groups.append({"params": fast, "lr": step_lr, "weight_decay": 0.0})
-        self.optimizer: torch.optim.Optimizer
-        if recovery.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=recovery.decay
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=recovery.decay)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, [float(g["lr"]) for g in groups], total_steps=max(self.steps, 2)
-        )
-        self.hidden = Hidden(self.teacher, self.student) if recovery.hidden else None
+        name = edited.network.name
+        self.optimizer, self.schedule = make_optimizer(self.net, recovery, walk, self.steps, name)
         self.history: list[dict[str, float]] = []
 
     def _size(self, exact: bool = True) -> float:
@@ -186,76 +153,69 @@ class _Training:
     def _pack(self, values: Mapping[str, Values]) -> bytes:
         edits = self._edits(values)
         network = self.edited.network
-        return pack(self.student, (*network.edits, *edits), network.source, self.chains)
+        return pack(self.learner.student, (*network.edits, *edits), network.source, self.chains)
 
     def _edits(self, values: Mapping[str, Values]) -> list[Edit]:
         """Return all edits, with these values in place of what was held."""
-        rest = [e for e in self.edits if e.form != "values" or e.path not in values]
+        rest = [e for e in self.learner.edits if e.form != "values" or e.path not in values]
         return rest + [Edit(name, "values", values=v) for name, v in values.items()]
 
     def run(self, checkpoint: Path | None, progress: Progress | None) -> Recovered:
         done = self._resume(checkpoint)
         every = max(1, self.steps // CHECKS)
-        self.student.train()
-        for step, batch in self._batches(done):
-            set_seed(self.recovery.seed * 1_000_003 + step)
-            loss = self._step(batch)
+        self.crew.tell("begin")
+        self.crew.spread(self.learner.parameters)
+        self.crew.spread(self.learner.student.buffers())
+        rest = 0.0  # when a checkpoint may be written again
+        for step, raws in self._batches(done):
+            loss = self._step(raws)
             if not math.isfinite(loss):
                 raise DataError("the loss is not finite", f"step {step}", "", "lower the rate: lr=")
             last = step + 1 == self.steps
             if (step + 1) % every == 0 or last:
+                self.crew.tell("even")
+                self.crew.average(self.learner.moments())
                 self._check((step + 1) / self.steps, loss, step + 1)
-                if checkpoint and not last:
+                if checkpoint and not last and time.monotonic() >= rest:
+                    start = time.monotonic()
                     write_checkpoint(checkpoint, self._state(step + 1))
+                    large = sum(p.numel() for p in self.learner.parameters) > LARGE
+                    rest = start + CALM * (time.monotonic() - start) if large else 0.0
             if progress and ((step + 1) % 10 == 0 or last):
                 progress(step + 1, self.steps, self._text(loss))
         return self._finish(self._state(self.steps) if checkpoint else {})
 
-    def _batches(self, done: int) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, batch) from step `done` on; epochs are seeded, so a resumed run agrees."""
-        train: Any = self.data.train
-        step = done
-        while step < self.steps:
-            epoch, skip = divmod(step, self.per_epoch)
-            if hasattr(train, "set_epoch"):
-                train.set_epoch(epoch)
-            seen = 0
-            for raw in seeded(train, self.recovery.seed + epoch):
-                seen += 1
-                if seen > skip:
-                    yield step, next(batches(self.student, [raw]))
-                    step += 1
-                if step >= self.steps:
-                    return
-                if seen == self.per_epoch:
-                    break
-            if not seen:
-                raise _no_batches()
-            self.per_epoch = seen  # a loader may give fewer than its length says
+    def _batches(self, done: int) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+        """Yield (step, its numbered batches) from step `done` on, as if it had not stopped."""
+        size = self.recovery.accumulate
+        group: list[tuple[int, Any]] = []
+        for number, raw in self.epochs.numbered(done * size, self.steps * size):
+            group.append((number, raw))
+            if len(group) == size:
+                yield number // size, group
+                group = []
 
-    def _step(self, batch: Batch) -> float:
-        for norm in self.norms:
-            norm.train(batch.size > 1)  # one value per channel has no variance
-        r = self.recovery
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=r.half):
-            with torch.no_grad():
-                taught = call(self.teacher, batch)
-            output, levels = self.net(*batch.args, **batch.kwargs)
-        tokens = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, torch.Tensor)]
-        loss = distillation_loss(
-            output, taught, batch.labels, self.loss_kind, weight=r.distill,
-            temperature=r.temperature, tokens=tokens[0] if tokens else None, mask=batch.mask,
-        )  # fmt: skip
-        if self.hidden is not None:
-            loss = loss + r.hidden * self.hidden.loss()
-        whole = loss
-        if self.price is not None and levels:
-            whole = loss + self.price.value * rate_penalty(levels)
-        whole.backward()
+    def _step(self, raws: Sequence[tuple[int, Any]]) -> float:
+        """Take one step of the optimizer, and return its loss."""
+        jobs: list[list[Job]] = [[] for _ in range(self.crew.count)]
+        whole = [next(batches(self.learner.student, [raw])) for _, raw in raws]
+        total = sum(weight_of(batch) for batch in whole)
+        for (number, _), batch in zip(raws, whole, strict=True):
+            seed = self.recovery.seed * 1_000_003 + number
+            for rank, part in enumerate(shares(batch, self.crew.count)):
+                if part is not None:
+                    part = part if self.crew.count == 1 else moved(part, CPU)
+                    jobs[rank].append((part, weight_of(part) / total, seed + rank * APART))
+        self.crew.hand_out([("step", job) for job in jobs])
+        price = None if self.price is None else self.price.value
+        loss = compute(self.crew, self.learner, jobs[0], price)
+        if self.recovery.clip:
+            nn.utils.clip_grad_norm_(self.learner.parameters, self.recovery.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return float(loss.detach())
+        self.crew.spread(self.learner.parameters)
+        return loss
 
     def _check(self, share: float, loss: float, step: int) -> None:
         row = {"step": float(step), "loss": loss}
@@ -273,14 +233,14 @@ class _Training:
         return {
             "step": step,
             "net": self.net.state_dict(),
-            "buffers": dict(self.student.named_buffers()),
+            "buffers": dict(self.learner.student.named_buffers()),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "price": self.price.value if self.price else 0.0,
             "correction": self.correction,
             "history": [dict(row) for row in self.history],
             "steps": self.steps,
-            "per_epoch": self.per_epoch,
+            "per_epoch": self.epochs.per_epoch,
             "settings": repr((self.recovery, self.limit)),
         }
 
@@ -294,36 +254,32 @@ class _Training:
         if not same or any(_shapes(state[k]) != _shapes(now[k]) for k in ("net", "buffers")):
             return 0
         self.net.load_state_dict(state["net"])
-        for name, buffer in self.student.named_buffers():
+        for name, buffer in self.learner.student.named_buffers():
             if not torch.equal(buffer, state["buffers"][name].to(buffer.device)):
                 buffer.copy_(state["buffers"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.price is not None:
             self.price = replace(self.price, value=state["price"])
-        self.correction, self.per_epoch = state["correction"], state["per_epoch"]
+        self.correction, self.epochs.per_epoch = state["correction"], state["per_epoch"]
         self.history = list(state["history"])
         return int(state["step"])
 
     def _finish(self, state: dict[str, Any]) -> Recovered:
-        module = copy_module(self.edited.model)
-        fixed = {e.path for e in self.edits if e.form == "values"}
-        trained = {n: b for n, b in self.student.named_buffers() if n not in fixed}
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                new = trained.get(name, buffer)
-                if new.shape == buffer.shape and not torch.equal(new.to(buffer.device), buffer):
-                    buffer.copy_(new)
+        held = {e.path for e in self.learner.edits if e.form == "values"}
+        buffers = {n: b.cpu() for n, b in self.learner.student.named_buffers() if n not in held}
         edits = self._edits(self._fitted())
-        install(module, [e for e in edits if e.path in self.net.names])
-        network = replace(self.edited.network, module=module)
-        edited = Edited(network, tuple(edits), self.edited.floats)
-        return Recovered(edited, tuple(self.history), self.steps, state)
+        history = tuple(self.history)
+        self.crew.tell("done", edits, buffers, history, self.steps)
+        made = finished(self.edited, edits, buffers, self.net.names)
+        return Recovered(made, history, self.steps, state)
 
     def _fitted(self) -> dict[str, Values]:
         """Return the trained values, so that the file they make keeps to the limit."""
         if self.limit is None:
             return fit(self.net, None)
+        if self.recovery.parts == "scales":
+            return self._kept_short(self.limit)
         room = self.limit - self.other
         values = fit(self.net, room)
         for _ in range(3):  # the header holds the length, and is a little longer for a longer file
@@ -334,10 +290,22 @@ class _Training:
             values = fit(self.net, room)
         return values
 
+    def _kept_short(self, limit: float) -> dict[str, Values]:
+        """Return tuned values that keep to the limit: vectors rounded as far as it asks.
+
+        Where that is not enough (vectors that were all zeros are so no more), vectors stay as they
+        were; and so does everything in a file that was beyond the limit before.
+        """
+        trained = self.net.release()
+        before = {e.path: e.values for e in self.learner.edits if e.path in trained and e.values}
+        vectors = {name: v for name, v in before.items() if is_small(v)}
+        for bits in range(MANTISSA, LEAST - 1, -4):
+            values = shortened(trained, bits)
+            if len(self._pack(values)) <= limit:
+                return values
+        values = {**trained, **vectors}
+        return values if len(self._pack(values)) <= limit else before
+
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _no_batches() -> DataError:
-    return DataError("the training data gives no batches", "data.train", "", "give some")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lamina.data import Data
+from lamina.errors import DataError
 
 SEEDS = 1 << 63  # seeds that torch takes
 
@@ -44,6 +45,54 @@ def seeded(batches: Iterable[Any], seed: int) -> Iterator[Any]:
     finally:
         if generator is not None and before is not None:
             generator.set_state(before)
+
+
+class Epochs:
+    """Training batches, numbered from 0 on through all epochs, each with random state of its own.
+
+    Args:
+        train: the loader; its `set_epoch` is called, where it has one.
+        seed: of data order and of what is drawn while a batch is trained on.
+        per_epoch: batches of one epoch, as far as the loader can tell; corrected where it gives
+            fewer.
+
+    Example:
+        >>> list(Epochs("ab", 0, 2).numbered(1, 4))
+        [(1, 'b'), (2, 'a'), (3, 'b')]
+    """
+
+    def __init__(self, train: Any, seed: int, per_epoch: int) -> None:
+        self.train, self.seed, self.per_epoch = train, seed, per_epoch
+
+    def numbered(self, start: int, end: int) -> Iterator[tuple[int, Any]]:
+        """Yield (number, batch) from `start` up to `end`, as if all before had been drawn.
+
+        Raises:
+            DataError: an epoch has no batches.
+        """
+        number = start
+        while number < end:
+            epoch, skip = divmod(number, self.per_epoch)
+            if hasattr(self.train, "set_epoch"):
+                self.train.set_epoch(epoch)
+            seen = 0
+            for raw in seeded(self.train, self.seed + epoch):
+                seen += 1
+                if seen > skip:
+                    set_seed(self.seed * 1_000_003 + number)
+                    yield number, raw
+                    number += 1
+                if number >= end:
+                    return
+                if seen == self.per_epoch:
+                    break
+            if not seen:
+                raise no_batches()
+            self.per_epoch = seen  # a loader may give fewer than its length says
+
+
+def no_batches() -> DataError:
+    return DataError("the training data gives no batches", "data.train", "", "give some")
 
 
 def set_seed(seed: int) -> None:

@@ -12,13 +12,13 @@ from torch import nn
 
 from lamina.data import Data
 from lamina.errors import DataError, MethodError
-from lamina.measure.forward import batches, call, device_of
+from lamina.measure.forward import batches, device_of
 from lamina.network.source import Network
 from lamina.plan.apply import copy_module
-from lamina.train.distill import distillation_loss
 from lamina.train.moments import Norm
-from lamina.train.order import count_batches, seeded, set_seed
+from lamina.train.order import Epochs, count_batches
 from lamina.train.slope import Blend, Line, Pull, bends, pull, put_blends, snap
+from lamina.train.teach import rest_norms, taught_loss
 
 CHECKS = 60  # looks at the slopes in one training
 Progress = Callable[[int, int, str], None]
@@ -170,54 +170,30 @@ class _Training:
 
     def run(self, progress: Progress | None) -> Straightened:
         every = max(1, self.steps // CHECKS)
-        train: Any = self.data.train
-        step = 0
-        while step < self.steps:
-            epoch = step // self.per_epoch
-            if hasattr(train, "set_epoch"):
-                train.set_epoch(epoch)
-            before = step
-            for raw in seeded(train, self.settings.seed + epoch):
-                set_seed(self.settings.seed * 1_000_003 + step)
-                loss = self._step(raw)
-                step += 1
-                if not math.isfinite(loss):
-                    where = f"step {step}"
-                    raise DataError("the loss is not finite", where, "", "lower the rate: lr=")
-                if step == self.last_pull:
-                    self._end_pull()
-                last = step == self.steps
-                if step % every == 0 or last:
-                    widest = max(bends(self.blends).values(), default=0.0)
-                    self.history.append({"step": float(step), "loss": loss, "bend": widest})
-                if progress and (step % 10 == 0 or last):
-                    progress(step, self.steps, f"loss {loss:.3f}")
-                if last:
-                    break
-            if step == before:
-                raise DataError("the training data gives no batches", "data.train", "", "give some")
+        epochs = Epochs(self.data.train, self.settings.seed, self.per_epoch)
+        for number, raw in epochs.numbered(0, self.steps):
+            loss = self._step(raw)
+            step = number + 1
+            if not math.isfinite(loss):
+                raise DataError("the loss is not finite", f"step {step}", "", "lower the rate: lr=")
+            if step == self.last_pull:
+                self._end_pull()
+            last = step == self.steps
+            if step % every == 0 or last:
+                widest = max(bends(self.blends).values(), default=0.0)
+                self.history.append({"step": float(step), "loss": loss, "bend": widest})
+            if progress and (step % 10 == 0 or last):
+                progress(step, self.steps, f"loss {loss:.3f}")
         self.optimizer.zero_grad(set_to_none=True)
         return Straightened(self.student.eval(), self.bent, tuple(self.history))
 
     def _step(self, raw: Any) -> float:
         s = self.settings
         batch = next(batches(self.student, [raw]))
-        for norm in self.norms:
-            norm.train(batch.size > 1)  # one value per channel has no variance
-        kind = next(self.student.parameters()).device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=s.half):
-            taught = None
-            labels = batch.labels
-            classes = labels is not None and not labels.is_floating_point()
-            if s.distill or not classes or self.loss == "features":
-                with torch.no_grad():
-                    taught = call(self.teacher, batch)
-            output = self.student(*batch.args, **batch.kwargs)
-        tokens = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, torch.Tensor)]
-        loss = distillation_loss(
-            output, output if taught is None else taught, batch.labels, self.loss,
-            weight=s.distill, temperature=s.temperature, mask=batch.mask,
-            tokens=tokens[0] if tokens else None,
+        rest_norms(self.norms, batch)
+        loss = taught_loss(
+            self.student, self.teacher, batch, self.loss,
+            weight=s.distill, temperature=s.temperature, half=s.half, spare=True,
         )  # fmt: skip
         free = [b for b in self.blends.values() if b.linearity.requires_grad]
         (loss + s.pull.penalty(free).to(loss)).backward()

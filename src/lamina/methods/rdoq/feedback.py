@@ -191,8 +191,10 @@ def code_lengths(symbols: Array, prices: Array, spare: int) -> Prices:
     p = (some.sum() + 0.5) / (some.size + 1)
     by_row = _logit((some.sum(2, keepdims=True) + 4 * p) / (m + 4))
     by_column = _logit((some.sum(1, keepdims=True) + 4 * p) / (n + 4))
-    both = by_row + by_column - _logit(p)
-    both = np.concatenate([both, np.zeros((g, n, spare))], 2)
+    both = by_row + by_column
+    both -= _logit(p)
+    if spare:
+        both = np.concatenate([both, np.zeros((g, n, spare))], 2)
     sizes = np.minimum(np.abs(symbols[some]), 1 << 16).astype(np.int64)
     most, mean = (int(sizes.max()), float(sizes.mean())) if sizes.size else (1, 1.0)
     # Magnitudes not seen yet get an exponential tail, so that none is free and none is forbidden.
@@ -202,8 +204,11 @@ def code_lengths(symbols: Array, prices: Array, spare: int) -> Prices:
         + 1e-3
     )
     bits = np.concatenate([[0.0], 1 - np.log2(count / count.sum())])
-    nats = 1 / math.log(2)
-    return Prices(prices, nats * np.logaddexp(0, both), nats * np.logaddexp(0, -both), bits)
+    zero = np.logaddexp(0, both)
+    rest = np.subtract(zero, both, out=both)  # log(1 + e^-x) = log(1 + e^x) - x
+    for part in (zero, rest):
+        part /= math.log(2)
+    return Prices(prices, zero, rest, bits)
 
 
 def _logit(p: Array) -> Array:

@@ -13,7 +13,7 @@ from lamina.methods.rdoq.feedback import Array, Side, side_of
 from lamina.network.sites import Site, as_matrix
 
 DAMP_INPUT, DAMP_OUTPUT, DAMP_BIAS = 0.1, 1.0, 0.01  # of the mean diagonal; of the bias' own
-FREQUENCY_COUNTS = 3.0  # added to every token's count
+FREQUENCY_COUNTS = 1.0  # added to every token's count
 
 
 Sides = list[tuple[torch.Tensor, torch.Tensor, Side]]  # moment, damping and what follows from them
