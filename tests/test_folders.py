@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tests.folders import KINDS, save_folder, save_tokenizer, write_text
-from tests.own import FAST, run_lamina, start_lamina
+from tests.own import FAST, start_lamina
 
 pytest.importorskip("transformers")
 
@@ -83,7 +83,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMPRESS = ("compress", "gpt2", "--data", "text:corpus.txt", "--size", "10x", *FAST)
+COMPRESS = (
+    "compress",
+    "gpt2",
+    "--data",
+    "text:corpus.txt",
+    "--size",
+    "10x",
+    "--samples",
+    "32",
+    *FAST,
+)
 
 
 def test_inspect_lists_the_layers_of_a_folder(
@@ -97,11 +107,13 @@ def test_inspect_lists_the_layers_of_a_folder(
     assert "encoder.layer.0.output.dense" in capsys.readouterr().out
 
 
-def test_compress_resumes_after_ctrl_c_and_the_file_can_be_judged(place: Path) -> None:
-    whole = run_lamina(*COMPRESS, "--samples", "32", "-o", "whole", cwd=place)
-    assert whole.returncode == 0 and whole.stderr == "", whole.stderr
-    assert re.search(r"perplexity", whole.stdout)
-    with start_lamina(*COMPRESS, "--samples", "32", "-o", "cut", cwd=place) as process:
+def test_compress_resumes_after_ctrl_c_and_the_file_can_be_judged(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert cli.main([*COMPRESS, "-o", "whole"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    with start_lamina(*COMPRESS, "-o", "cut", cwd=place) as process:
         limit = time.monotonic() + 300
         while not list((place / "cut").glob("stages/stats-*")):
             assert process.poll() is None, "it ended before it could be stopped"
@@ -110,16 +122,16 @@ def test_compress_resumes_after_ctrl_c_and_the_file_can_be_judged(place: Path) -
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode == 130, err
-    again = run_lamina(*COMPRESS, "--samples", "32", "-o", "cut", cwd=place)
-    assert again.returncode == 0, again.stderr
+    assert cli.main([*COMPRESS, "-o", "cut"]) == 0
     file = place / "cut" / "net.lamina"
     assert file.read_bytes() == (place / "whole" / "net.lamina").read_bytes()
     facts = json.loads((place / "whole" / "report.json").read_text(encoding="utf-8"))
     disk = (place / "gpt2" / "model.safetensors").stat().st_size
     assert facts["size"]["original"] == disk and file.stat().st_size <= disk / 10
+    capsys.readouterr()
     spec = "text:corpus.txt?tokenizer=gpt2"
-    judged = run_lamina("evaluate", file, "--data", spec, "--metric", "perplexity", cwd=place)
-    assert judged.returncode == 0 and re.match(r"perplexity \d", judged.stdout), judged.stderr
+    assert cli.main(["evaluate", str(file), "--data", spec, "--metric", "perplexity"]) == 0
+    assert re.match(r"perplexity \d", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

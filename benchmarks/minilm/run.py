@@ -45,7 +45,7 @@ from lamina.run import open_run
 
 HERE = Path(__file__).parent
 NAME = "movieReviewSnippets_GroundTruth.txt"
-TOKENS, BATCH = 64, 50
+TOKENS, BATCH = 64, 25
 TRAIN, TEST, VALIDATION = range(3000), range(3000, 4000), range(4000, 5000)
 ORIGINAL = 90_868_376  # bytes of the safetensors file
 BAR = {"bytes": 8_200_000, "cosine": 0.976, "drop": 0.5, "seconds": 360, "peak_gb": 2.5}

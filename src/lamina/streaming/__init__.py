@@ -13,6 +13,7 @@ from typing import Any
 from lamina.errors import BudgetError, NetworkError
 from lamina.network.shards import open_shards
 from lamina.streaming.folder import Streamed, compress_folder
+from lamina.streaming.memory import free_memory
 
 __all__ = ["Streamed", "compress_folder", "free_memory", "refuse_beside", "why_stream"]
 
@@ -49,17 +50,6 @@ def why_stream(model: Any, stream: bool | None) -> str:
         f"Streamed, as the folder ({size / 1e9:.1f} GB) is larger than half of the free memory "
         f"({free / 1e9:.1f} GB); stream=False opens it as a whole."
     )
-
-
-def free_memory() -> float:
-    """Return how much memory could be taken now [bytes]; infinite where that is not known."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (OSError, ValueError, AttributeError, IndexError):
-        return float("inf")
 
 
 def refuse_beside(**others: Any) -> None:

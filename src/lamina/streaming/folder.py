@@ -35,6 +35,7 @@ from lamina.stages import Watch, Way, chains_of, noted
 from lamina.streaming.costs import fixed_cost, original_cost
 from lamina.streaming.facts import collect
 from lamina.streaming.layers import code_layer, code_rest
+from lamina.streaming.memory import give_back
 from lamina.streaming.parts import Part, Written, assemble
 from lamina.streaming.sampled import SHORT, offers_of
 from lamina.streaming.sequential import NOTE, Survey, coded_in_order, surveyed
@@ -204,6 +205,7 @@ def offered(lazy: Lazy, sites: Sites, methods: Any, way: Way) -> Candidates:
         tell = way.say("propose")
         for i, site in enumerate(sites.layers):
             tell(i, len(sites.layers), site.name)
+            give_back()
             key = key_of("offers", VERSION, lazy.network.digest(), site.name, names)
             slow: list[str] = []
 
@@ -290,6 +292,7 @@ def coded(job: Job, chosen: Plan) -> tuple[list[Part], Written]:
         tell = way.say("code")
         for i, (name, decision) in enumerate(chosen.sites.items()):
             tell(i, len(chosen.sites), name)
+            give_back()
             parts.append(code_layer(lazy, skeleton, sites[name], decision, way.folder))
         tell(len(chosen.sites), len(chosen.sites), "")
     state = skeleton.state_dict(keep_vars=True)

@@ -21,6 +21,7 @@ from lamina.codecs import blocks
 from lamina.codecs.fields import varint
 from lamina.errors import MethodError, SiteError
 from lamina.network.lazy import Lazy
+from lamina.streaming.memory import give_back
 
 Array = NDArray[Any]
 MOST = 1 << 26  # the largest integer asked for, as `rdoq`
@@ -66,7 +67,10 @@ def grid_record(lazy: Lazy, name: str, step: float) -> tuple[bytes, str]:
         codec, data = codecs.best(_symbols(lazy, name, step, (rows, cols, 0)))
     else:
         places = blocks.cuts((rows, cols), blocks.count_pieces(rows * cols, blocks.BLOCK))
-        codes = [blocks.encode_piece(_symbols(lazy, name, step, place)) for place in places]
+        codes = []
+        for place in places:
+            codes.append(blocks.encode_piece(_symbols(lazy, name, step, place)))
+            give_back()
         codec, data = "blocks", blocks.assemble(codes)
     head = bytes([3 | records.CODEC_IDS.index(codec) << 3]) + struct.pack("<f", step)
     return varint(len(head) + len(data)) + head + data, codec

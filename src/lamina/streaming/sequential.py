@@ -30,6 +30,7 @@ from lamina.run import key_of
 from lamina.stages import Way, data_key
 from lamina.streaming.blocks import Passing, Stack, enter, find_blocks, leave, run_block, whole
 from lamina.streaming.layers import code_layer
+from lamina.streaming.memory import give_back
 from lamina.streaming.parts import Part
 from lamina.streaming.surveyed import survey_layer
 from lamina.streaming.watching import Watch, blind_stats
@@ -183,6 +184,7 @@ def survey(lazy: Lazy, sites: Sites, methods: Sequence[Method], way: Way) -> Sur
         tupled = False
         for i, block in enumerate(run.stack.blocks):
             tell(i, count, run.stack.prefix(i))
+            give_back()
             watch = run.watch(run.inside(i), gradients=True)
             with whole(block, run.stack.prefix(i), run.values):
                 for j, passing in enumerate(passings):
@@ -243,6 +245,7 @@ def coded_in_order(
         tupled = False
         for i, block in enumerate(run.stack.blocks):
             tell(i, count, run.stack.prefix(i))
+            give_back()
             watch = _inputs_of(run, i, block, passings)
             for site in watch.sites:
                 code(site, watch.stats_of(site, found.gradients.get(site.name)))

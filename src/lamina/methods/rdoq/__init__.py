@@ -46,7 +46,15 @@ from lamina.methods.base import (
     Weights,
     weights_of,
 )
-from lamina.methods.rdoq.curves import HUGE, LONG, best_scale, curve_of, scale_of_weights, sizes_of
+from lamina.methods.rdoq.curves import (
+    HUGE,
+    LONG,
+    MANY,
+    best_scale,
+    curve_of,
+    scale_of_weights,
+    sizes_of,
+)
 from lamina.methods.rdoq.problem import Sides, pose
 from lamina.methods.rdoq.rounding import (
     SCALES,
@@ -101,8 +109,11 @@ class Rdoq:
         elif stats is not None and problem.matrix.size > LONG:
             scales = (best_scale(problem, weights, rate, scales_for(problem)),)
         offers = []
-        for scale in scales:
-            for point in curve_of(problem, weights, rate, scale):
+        curves = [(scale, False) for scale in scales]
+        if scales[0] != "none" and problem.matrix.size <= MANY:
+            curves.append(("none", True))
+        for scale, coarse in curves:
+            for point in curve_of(problem, weights, rate, scale, coarse):
                 settings = {"step": point.step, "rate": rate, "scale": scale}
                 chain = (Step(self.name, site.name, settings),)
                 cost = Cost(params, 8 * point.size, site.macs)

@@ -26,6 +26,7 @@ from lamina.methods.rdoq.rounding import Result, Spread, float32, quantize
 # Steps on offer, as log2(step / rms of the weights): dense where a fifth to five bits are spent.
 OCTAVES = (-12.0, -8.0, -5.0, -3.5, -2.5, -1.5, -0.75, *(k / 2 for k in range(9)), 5.0, 6.0)
 EXACT, ANCHORS = 1 << 9, 4  # above so many symbols, only so many candidates are coded
+COARSE = 1.0  # octave from which on a scale that is best at fine steps may be worse than none
 LONG = 1 << 16  # weights; of more, knots are rounded, and what lies between is interpolated
 KNOTS = (-12.0, -8.0, -5.0, -3.0, -2.0, -1.0, 0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 FEW_KNOTS = (-12.0, -8.0, -5.0, -3.0, -1.75, -0.5, 0.75, 2.0, 3.25, 6.0)
@@ -80,17 +81,21 @@ def knot_sizes(results: list[Result]) -> list[float]:
     return [ratio * r.size(codecs.estimate) for r in results[:FINE_KNOTS]] + coded
 
 
-def curve_of(problem: Problem, weights: Weights, rate: float, scale: str = "none") -> list[Point]:
+def curve_of(
+    problem: Problem, weights: Weights, rate: float, scale: str = "none", coarse: bool = False
+) -> list[Point]:
     """Return the curve of a layer: every step tried, finest first, and some between them.
 
     Args:
         problem: the layer, from `pose`.
         weights: its tensors, as stored.
         rate, scale: of `quantize`.
+        coarse: only steps that leave less than about a bit a weight, and nothing between them.
     """
     live, rms = scale_of_weights(problem)
-    long = live and problem.matrix.size > LONG
+    long = live and problem.matrix.size > LONG and not coarse
     octaves = (FEW_KNOTS if problem.matrix.size > MANY else KNOTS) if long else OCTAVES
+    octaves = tuple(o for o in octaves if o >= COARSE) if coarse else octaves
     octaves = octaves if live else (0.0,)
     steps = [float32(rms * 2**octave) for octave in octaves]
     if live and problem.matrix.size > HUGE and (side := _apart(problem)):

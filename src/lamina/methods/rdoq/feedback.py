@@ -28,6 +28,7 @@ from lamina.codecs.kernels import compiled
 
 Array = NDArray[Any]
 TILE = 64  # rows and columns rounded one by one before the rest is updated by a matrix product
+PRECISE = 1 << 21  # symbols whose code lengths are in float64
 WHOLE = 1 << 22  # weights in a tile where nothing is fed along columns
 
 
@@ -191,10 +192,11 @@ def code_lengths(symbols: Array, prices: Array, spare: int) -> Prices:
     p = (some.sum() + 0.5) / (some.size + 1)
     by_row = _logit((some.sum(2, keepdims=True) + 4 * p) / (m + 4))
     by_column = _logit((some.sum(1, keepdims=True) + 4 * p) / (n + 4))
-    both = by_row + by_column
-    both -= _logit(p)
+    # Half of float64's memory, where a table has millions of weights.
+    kind = np.float32 if symbols.size > PRECISE else np.float64
+    both = (by_row - _logit(p)).astype(kind) + by_column.astype(kind)
     if spare:
-        both = np.concatenate([both, np.zeros((g, n, spare))], 2)
+        both = np.concatenate([both, np.zeros((g, n, spare), kind)], 2)
     sizes = np.minimum(np.abs(symbols[some]), 1 << 16).astype(np.int64)
     most, mean = (int(sizes.max()), float(sizes.mean())) if sizes.size else (1, 1.0)
     # Magnitudes not seen yet get an exponential tail, so that none is free and none is forbidden.
@@ -239,17 +241,18 @@ def feed_forward(
     none = np.zeros((0, 0))
     high, wide = TILE if fed_out else max(n, 1), TILE if fed_in else max(1, WHOLE // max(n, 1))
     cut = np.ascontiguousarray
-    for g, W in enumerate(matrix.copy()):
+    for g, W in enumerate(matrix.copy() if fed_in else matrix):
         for j in (slice(k, min(k + wide, m)) for k in range(0, m, wide)):
             A, E = np.zeros((j.stop - j.start, n)), np.zeros((n, j.stop - j.start))
             for i in (slice(k, min(k + high, n)) for k in range(0, n, high)):
-                tile, fed = cut(W[i, j]), cut(A[:, i])
+                tile, fed = np.array(W[i, j], order="C"), cut(A[:, i])  # the kernel writes in it
                 Q, X, e = np.empty_like(tile), np.empty_like(tile), np.empty_like(tile)
                 U = cut(inputs.factor[g][j, j]) if fed_in else none
                 V = cut(outputs.factor[g][i, i]) if fed_out else none
                 kernel(
                     tile, fed, U, V, inputs.root[g, j], outputs.root[g, i], cut(steps[g, i, j]),
-                    prices.columns[j], cut(prices.zero[g, i, j]), cut(prices.some[g, i, j]),
+                    prices.columns[j], cut(prices.zero[g, i, j], float),
+                    cut(prices.some[g, i, j], float),
                     prices.sizes, cut(held[g, i, j]), Q, X, e,
                 )  # fmt: skip
                 result[g, i, j], E[i] = Q, e
