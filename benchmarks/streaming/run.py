@@ -5,7 +5,7 @@
 Makes a Llama of the wanted size in a temporary folder, shard by shard, compresses it in a process
 of its own (`lamina.compress(folder, budget, stream=True)`), and checks the file in another: every
 tensor is decoded, a few are compared with the original. Peak memory is the process's own
-`ru_maxrss`, imports and the writing of the file included.
+`ru_maxrss` [MiB], imports and the writing of the file included.
 """
 
 from __future__ import annotations
