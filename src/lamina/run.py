@@ -110,8 +110,8 @@ class RunFolder:
         except OSError as error:
             raise RunError("cannot read", str(path), error.strerror or str(error)) from None
 
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a file of the run, whole or not at all."""
+    def write(self, path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
+        """Write a file of the run, whole or not at all: its bytes, or what writes them."""
         write_atomic(path, data)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lamina.measure.quality import evaluate, metric_named
 from lamina.measure.span_latency import measure_spans
 from lamina.measure.spectra import cached
 from lamina.measure.stats import Cost, Stats
-from lamina.measure.store import dump_stats, parse_stats
+from lamina.measure.store import load_stats, save_stats
 from lamina.methods.base import spanning
 from lamina.network.sites import Sites
 from lamina.network.source import Network
@@ -129,15 +130,17 @@ def measured(way: Way, sites: Sites) -> Stats:
         asked = way.base.digest(), data_key(way.data), way.samples, way.seed, way.base.loss
         key = key_of("stats", *asked, *(() if cross else ("no cross",)))
 
-        def make() -> bytes:
-            return dump_stats(
-                calibrate(
-                    way.base, sites, way.data, samples=way.samples, seed=way.seed,
-                    cross=cross, progress=way.say("measure"),
-                )
-            )  # fmt: skip
-
-        return parse_stats(way.stored("stats", key, ".safetensors", make, note))
+        path = way.folder.stage("stats", key, ".safetensors") if way.folder else None
+        if path is not None and path.exists():
+            note["cached"] = True
+            return load_stats(path)
+        stats = calibrate(
+            way.base, sites, way.data, samples=way.samples, seed=way.seed, cross=cross,
+            progress=way.say("measure"),
+        )  # fmt: skip
+        if way.folder is not None and path is not None:
+            way.folder.write(path, partial(save_stats, stats))
+        return stats
 
 
 def data_key(data: Data | None) -> str:

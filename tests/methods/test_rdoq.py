@@ -16,7 +16,7 @@ from lamina.errors import MethodError, SiteError
 from lamina.forms import install
 from lamina.measure.stats import LayerStats, predict_error
 from lamina.methods.base import Choice, Method, weights_of
-from lamina.methods.rdoq import method, quantize, sizes_of
+from lamina.methods.rdoq import feedback, method, quantize, sizes_of
 from lamina.methods.rdoq.feedback import (
     Prices,
     Side,
@@ -78,8 +78,7 @@ def case(name: str) -> tuple[Site, Network, LayerStats]:
 
 
 def free(shape: tuple[int, ...]) -> Prices:
-    zeros = np.zeros(shape)
-    return Prices(np.zeros(shape[-1]), zeros, zeros, np.zeros(1))
+    return Prices(np.zeros(shape[-1]))
 
 
 def plain_side(size: int) -> Side:
@@ -173,9 +172,11 @@ def test_rate_decides_like_brute_force_where_weights_are_independent() -> None:
     lengths = code_lengths(np.rint(matrix / 0.8).astype(int), np.full(7, 0.2), 0)
     q = feed_forward(matrix, inputs, outputs, steps, lengths, held)
 
+    zero, some = lengths.bits(0, slice(None), slice(None), (6, 7))
+
     def cost(i: int, j: int, k: int) -> float:
-        bits = lengths.some[0, i, j] + lengths.sizes[min(abs(k), len(lengths.sizes) - 1)]
-        bits = bits if k else lengths.zero[0, i, j]
+        bits = some[i, j] + lengths.sizes[min(abs(k), len(lengths.sizes) - 1)]
+        bits = bits if k else zero[i, j]
         return float(power[0, j]) * (matrix[0, i, j] - 0.8 * k) ** 2 + 0.2 * bits
 
     for i, j in itertools.product(range(6), range(7)):
@@ -186,9 +187,22 @@ def test_rate_decides_like_brute_force_where_weights_are_independent() -> None:
 def test_code_lengths_are_those_of_a_probability() -> None:
     symbols = np.random.default_rng(5).geometric(0.5, size=(2, 9, 11)) - 1
     prices = code_lengths(symbols, np.ones(12), 1)
-    np.testing.assert_allclose(2.0**-prices.zero + 2.0**-prices.some, 1)
+    for group in range(2):
+        zero, some = prices.bits(group, slice(None), slice(None), (9, 12))
+        np.testing.assert_allclose(2.0**-zero + 2.0**-some, 1)
     assert 2 * (2.0 ** -prices.sizes[1:]).sum() == pytest.approx(1)
-    assert bool((prices.some[:, :, 11] == 1).all())  # the bias column has no model
+    assert prices.across is not None and not prices.across[:, :, 11].any()  # the bias: no model
+
+
+def test_magnitudes_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = np.random.default_rng(6).integers(-9, 10, size=(1, 40, 50)).astype(np.int32)
+    symbols[0, -1, -1] = 30
+    whole = code_lengths(symbols, np.ones(50), 0)
+    expected = np.bincount(np.abs(symbols[symbols != 0]), minlength=31)
+    np.testing.assert_array_equal(feedback._magnitudes(symbols), expected)
+    monkeypatch.setattr(feedback, "COUNTED", 7)
+    np.testing.assert_array_equal(feedback._magnitudes(symbols), expected)
+    np.testing.assert_array_equal(code_lengths(symbols, np.ones(50), 0).sizes, whole.sizes)
 
 
 def test_compiled_and_plain_rounding_agree_to_the_integer() -> None:

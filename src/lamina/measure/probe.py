@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lamina.forms import find_tensor
 from lamina.measure.forward import Batch, call
 from lamina.measure.loss import Loss, divergence, relative_level
-from lamina.measure.stats import LayerStats, predict_error
+from lamina.measure.stats import LayerStats, predict_change, predict_error
 from lamina.network.sites import Site, as_matrix, from_matrix
 from lamina.network.source import main_output
 
@@ -132,7 +132,7 @@ def measure_scale(
     generator = torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode()))
     draws = draws_of(site)
     shape = (draws, *matrix.shape)
-    noises = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+    noises = torch.rand(shape, generator=generator, dtype=torch.float64).sub_(0.5)
     unit = math.fsum(predict_error(stats, matrix, noise) for noise in noises) / draws
     if not math.isfinite(unit) or unit <= 0 or not matrix.numel():
         return Reading()
@@ -143,10 +143,10 @@ def measure_scale(
     for attempt in range(2):
         measured = predicted = plain = 0.0
         for noise in noises:
-            changed = from_matrix(site, matrix + step * noise)
+            changed = from_matrix(site, torch.add(matrix, noise, alpha=step))
             changed = changed.to(weight.device, weight.dtype)
-            actual = as_matrix(site, changed).double().cpu() - matrix  # rounding included
-            predicted += predict_error(stats, matrix, actual)
+            rounded = as_matrix(site, changed).cpu()  # what is really there
+            predicted += predict_change(stats, matrix, rounded)
             soft, hard = _measure(module, weight, changed, probes, loss)
             measured, plain = measured + soft, plain + hard
         level = measured / draws

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -129,22 +130,61 @@ def predict_error(stats: LayerStats | None, matrix: torch.Tensor, delta: torch.T
         return (
             float((spectral_norm(delta) / whole.clamp_min(1e-300)).max()) if delta.numel() else 0.0
         )
-    H, G = stats.H, stats.G
-    total = 0.0
-    # Where tokens do not meet, a table is gone through piece by piece: it may have millions.
-    side = 2 if H.dim() == 2 else 1 if G.dim() == 2 else 0
-    size = max(1, PIECE * delta.shape[side] // max(1, delta.numel())) if side else 1
-    for piece in range(0, delta.shape[side] if side else 1, size):
-        cut = slice(piece, piece + size)
-        some, h, g = delta, H, G
-        if side == 2:
-            some, h = delta[:, :, cut], H[:, cut]
-        elif side == 1:
-            some, g = delta[:, cut], G[:, cut]
-        right = some * h[:, None, :] if h.dim() == 2 else some @ h
-        left = some * g[:, :, None] if g.dim() == 2 else g @ some
-        total += float((left * right).sum())
+    total = math.fsum(
+        _quadratic(part, delta[where]) for part, where in _pieces(stats, tuple(delta.shape))
+    )
     return max(0.0, 0.5 * stats.scale * total)
+
+
+def predict_change(stats: LayerStats | None, before: torch.Tensor, after: torch.Tensor) -> float:
+    """Predict what exchanging a layer's weight costs: `predict_error` of `after - before`.
+
+    A long table is never held in float64 as a whole, but for what is given so.
+
+    Args:
+        stats: the layer's statistics; None: data-free.
+        before, after: `[groups, out, in]`, of any dtype.
+
+    Example:
+        >>> one = torch.eye(2)[None]
+        >>> stats = LayerStats(H=one.double(), G=one.double())
+        >>> predict_change(stats, one, 1.5 * one) == predict_error(stats, one, 0.5 * one)
+        True
+    """
+    wide = torch.float64
+    if stats is None:
+        return predict_error(None, before, after.detach().to(wide) - before.detach().to(wide))
+    total = math.fsum(
+        _quadratic(part, after[where].detach().to(wide) - before[where].detach().to(wide))
+        for part, where in _pieces(stats, tuple(before.shape))
+    )
+    return max(0.0, 0.5 * stats.scale * total)
+
+
+def _pieces(
+    stats: LayerStats, shape: tuple[int, ...]
+) -> Iterator[tuple[LayerStats, tuple[slice, ...]]]:
+    """Yield parts of a layer whose errors add: some tokens of a table, for they do not meet."""
+    H, G, every = stats.H, stats.G, slice(None)
+    side = 2 if H.dim() == 2 else 1 if G.dim() == 2 else 0
+    if not side:
+        yield stats, (every,)
+        return
+    size = max(1, PIECE * shape[side] // max(1, math.prod(shape)))
+    for first in range(0, shape[side], size):
+        cut = slice(first, first + size)
+        if side == 2:
+            yield replace(stats, H=H[:, cut]), (every, every, cut)
+        else:
+            yield replace(stats, G=G[:, cut]), (every, cut)
+
+
+def _quadratic(stats: LayerStats, delta: torch.Tensor) -> float:
+    """Return `sum_g tr(G delta H delta^T)`."""
+    H, G = stats.H, stats.G
+    right = delta * H[:, None, :] if H.dim() == 2 else delta @ H
+    left = delta * G[:, :, None] if G.dim() == 2 else G @ delta
+    return float((left * right).sum())
 
 
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -11,13 +13,12 @@ from lamina.errors import RunError
 from lamina.measure.stats import Cross, LayerStats, Stats
 
 PARTS = ("H", "G", "mean")
+WIDTH = 8  # bytes of a number
 CROSSED = ("moment", "second", "mean", "x_second", "x_mean")
 
 
-def dump_stats(stats: Stats) -> bytes:
-    """Return statistics as the bytes of a safetensors file."""
-    from safetensors.torch import save
-
+def save_stats(stats: Stats, file: IO[bytes]) -> None:
+    """Write statistics as a safetensors file, tensor by tensor: they may be most of the memory."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for name, layer in stats.layers.items():
@@ -27,31 +28,40 @@ def dump_stats(stats: Stats) -> bytes:
         for part in PARTS:
             tensor = getattr(layer, part)
             if tensor is not None:
-                tensors[f"{part}:{name}"] = tensor.contiguous()
+                tensors[f"{part}:{name}"] = tensor
     crossed: dict[str, float] = {}
     for name, cross in stats.cross.items():
         crossed[name] = cross.positions
         for f in fields(cross):
             if f.name != "positions":
-                tensors[f"{f.name}:{name}"] = getattr(cross, f.name).contiguous()
+                tensors[f"{f.name}:{name}"] = getattr(cross, f.name)
     whole = asdict(Stats(samples=stats.samples, loss=stats.loss, network=stats.network))
     whole |= {"layers": numbers, "notes": list(stats.notes), "cross": crossed}
-    return save(tensors, {"stats": json.dumps(whole)})
+    header: dict[str, Any] = {"__metadata__": {"stats": json.dumps(whole)}}
+    end = 0
+    for name in sorted(tensors):
+        shape, first, end = list(tensors[name].shape), end, end + WIDTH * tensors[name].numel()
+        header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % WIDTH)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in sorted(tensors):
+        held = tensors[name].detach().to("cpu", torch.float64).contiguous().numpy()
+        file.write(held.astype("<f8", copy=False).reshape(-1).view("u1").data)
 
 
-def parse_stats(data: bytes) -> Stats:
-    """Undo `dump_stats`.
+def load_stats(path: Path) -> Stats:
+    """Read what `save_stats` wrote.
 
     Raises:
-        RunError: the bytes are not statistics.
+        RunError: the file holds no statistics.
     """
-    from safetensors.torch import load
+    from safetensors import safe_open
 
     try:
-        tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        whole = json.loads(header["__metadata__"]["stats"])
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = json.loads(file.metadata()["stats"])
         layers = {}
         for name, numbers in whole["layers"].items():
             H, G = tensors[f"H:{name}"], tensors[f"G:{name}"]
@@ -69,5 +79,5 @@ def parse_stats(data: bytes) -> Stats:
         )
     except Exception as error:
         raise RunError(
-            "saved statistics cannot be read", "stats", str(error), "delete them"
+            "saved statistics cannot be read", str(path), str(error), "delete them"
         ) from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lamina.artifact import records, streams
 from lamina.errors import DataError
 from lamina.measure.forward import Batch, at_rest, batches
 from lamina.measure.stats import LayerStats, Stats
-from lamina.measure.store import dump_stats, parse_stats
+from lamina.measure.store import load_stats, save_stats
 from lamina.methods.base import Candidate, Method
 from lamina.network.lazy import Lazy
 from lamina.network.sites import Site, Sites
@@ -142,16 +143,16 @@ def surveyed(lazy: Lazy, sites: Sites, methods: Sequence[Method], way: Way) -> S
     assert way.folder is not None
     offers = way.folder.stage("survey", key, ".json")
     tensors = way.folder.stage("survey", key, ".safetensors")
-    known, moments = way.folder.read(offers), way.folder.read(tensors)
-    if known is None or moments is None:
+    known = way.folder.read(offers)
+    if known is None or not tensors.exists():
         found = survey(lazy, sites, methods, way)
         layers = dict(found.early)
-        for name, G in found.gradients.items():  # what is shared in memory cannot be written
-            layers[name] = LayerStats(torch.zeros(1, 1, dtype=torch.float64), G.clone())
-        way.folder.write(tensors, dump_stats(Stats(layers, found.samples)))
+        for name, G in found.gradients.items():
+            layers[name] = LayerStats(torch.zeros(1, 1, dtype=torch.float64), G)
+        way.folder.write(tensors, partial(save_stats, Stats(layers, found.samples)))
         way.folder.write(offers, dump_candidates(found.candidates))
         return found
-    stats = parse_stats(moments)
+    stats = load_stats(tensors)
     early = {n: s for n, s in stats.layers.items() if s.samples}
     rest = {n: s.G for n, s in stats.layers.items() if not s.samples}
     return Survey(parse_candidates(known), early, rest, stats.samples)

@@ -17,7 +17,7 @@ arXiv:2505.22988 (both sides).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from lamina.codecs.kernels import compiled
 Array = NDArray[Any]
 TILE = 64  # rows and columns rounded one by one before the rest is updated by a matrix product
 PRECISE = 1 << 21  # symbols whose code lengths are in float64
-WHOLE = 1 << 22  # weights in a tile where nothing is fed along columns
+WHOLE = 1 << 19  # weights in a tile where nothing is fed along columns
+COUNTED = 1 << 22  # magnitudes counted at a time
 
 
 def inverse_root(moment: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
@@ -165,52 +166,69 @@ def round_tile_in_fronts(
 class Prices:
     """What integers cost: lambda per column, and the code lengths of the last pass.
 
+    Being 0 or not depends on the row and the column: their logits add.
+
     Args:
         columns: `[in]` lambda [error / bit].
-        zero, some: `[groups, out, in]` bits of being 0, or not.
+        rows, across: `[groups, out, 1]` and `[groups, 1, in]` logits of not being 0; None: all
+            bits are 0.
         sizes: `[k]` bits of each magnitude and its sign.
     """
 
     columns: Array
-    zero: Array
-    some: Array
-    sizes: Array
+    rows: Array | None = None
+    across: Array | None = None
+    sizes: Array = field(default_factory=lambda: np.zeros(1))
+
+    def bits(self, group: int, i: slice, j: slice, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Return the bits of being 0 and of not being 0, of one tile, in float64."""
+        if self.rows is None or self.across is None:
+            return np.zeros(shape), np.zeros(shape)
+        both = self.rows[group, i] + self.across[group, :, j]
+        zero = np.logaddexp(0, both)
+        rest = zero - both  # log(1 + e^-x) = log(1 + e^x) - x
+        return (zero / math.log(2)).astype(np.float64), (rest / math.log(2)).astype(np.float64)
 
 
 def code_lengths(symbols: Array, prices: Array, spare: int) -> Prices:
     """Model what an adaptive coder spends on integers like these.
 
-    Being 0 or not depends on the row and the column (their logits add), magnitudes on nothing.
-
     Args:
         symbols: `[groups, out, in]` integers of an earlier pass.
         prices: `[in + spare]` lambda per column.
-        spare: columns without a model (0 or 1, the bias), whose bits are 0.
+        spare: columns without a model (0 or 1, the bias).
     """
     g, n, m = symbols.shape
     some = symbols != 0
     p = (some.sum() + 0.5) / (some.size + 1)
     by_row = _logit((some.sum(2, keepdims=True) + 4 * p) / (m + 4))
     by_column = _logit((some.sum(1, keepdims=True) + 4 * p) / (n + 4))
-    # Half of float64's memory, where a table has millions of weights.
+    # Half of float64's work, where a table has millions of weights.
     kind = np.float32 if symbols.size > PRECISE else np.float64
-    both = (by_row - _logit(p)).astype(kind) + by_column.astype(kind)
-    if spare:
-        both = np.concatenate([both, np.zeros((g, n, spare), kind)], 2)
-    sizes = np.minimum(np.abs(symbols[some]), 1 << 16).astype(np.int64)
-    most, mean = (int(sizes.max()), float(sizes.mean())) if sizes.size else (1, 1.0)
+    across = np.concatenate([by_column, np.zeros((g, 1, spare))], 2).astype(kind)
+    count = _magnitudes(symbols)
+    known = np.arange(len(count))
+    most, mean = len(count) - 1, float((count * known).sum() / max(1, count.sum()))
+    if most == 0:
+        most, mean = 1, 1.0
     # Magnitudes not seen yet get an exponential tail, so that none is free and none is forbidden.
-    count = (
-        np.bincount(sizes, minlength=most + 3)[1:]
-        + 0.3 * np.exp(-np.arange(most + 2) / mean)
-        + 1e-3
-    )
-    bits = np.concatenate([[0.0], 1 - np.log2(count / count.sum())])
-    zero = np.logaddexp(0, both)
-    rest = np.subtract(zero, both, out=both)  # log(1 + e^-x) = log(1 + e^x) - x
-    for part in (zero, rest):
-        part /= math.log(2)
-    return Prices(prices, zero, rest, bits)
+    seen = np.zeros(most + 2)
+    seen[: len(count) - 1] = count[1:]
+    seen += 0.3 * np.exp(-np.arange(most + 2) / mean) + 1e-3
+    bits = np.concatenate([[0.0], 1 - np.log2(seen / seen.sum())])
+    return Prices(prices, (by_row - _logit(p)).astype(kind), across, bits)
+
+
+def _magnitudes(symbols: Array) -> Array:
+    """Return how often each magnitude from 0 to the largest occurs, 0 itself left out."""
+    flat, total = symbols.reshape(-1), np.zeros(1, np.int64)
+    for first in range(0, flat.size, COUNTED):
+        part = np.abs(flat[first : first + COUNTED].astype(np.int64))
+        found = np.bincount(np.minimum(part, 1 << 16, out=part), minlength=len(total))
+        found[: len(total)] += total
+        total = found
+    total[0] = 0
+    return np.asarray(total)
 
 
 def _logit(p: Array) -> Array:
@@ -226,7 +244,7 @@ def feed_forward(
     Args:
         matrix: `[groups, out, in]`.
         inputs, outputs: how errors travel along columns and rows.
-        steps: `[groups, out, in]`.
+        steps: of the same shape, or a broadcast view.
         prices: what bits cost.
         held: `[groups, out, in]` truth values: what stays 0.
         backend: "auto", "numba" or "numpy": the same integers.
@@ -249,11 +267,10 @@ def feed_forward(
                 Q, X, e = np.empty_like(tile), np.empty_like(tile), np.empty_like(tile)
                 U = cut(inputs.factor[g][j, j]) if fed_in else none
                 V = cut(outputs.factor[g][i, i]) if fed_out else none
+                zero, some = prices.bits(g, i, j, tile.shape)
                 kernel(
                     tile, fed, U, V, inputs.root[g, j], outputs.root[g, i], cut(steps[g, i, j]),
-                    prices.columns[j], cut(prices.zero[g, i, j], float),
-                    cut(prices.some[g, i, j], float),
-                    prices.sizes, cut(held[g, i, j]), Q, X, e,
+                    prices.columns[j], zero, some, prices.sizes, cut(held[g, i, j]), Q, X, e,
                 )  # fmt: skip
                 result[g, i, j], E[i] = Q, e
                 if fed_out:

@@ -13,7 +13,7 @@ from lamina import codecs
 from lamina.errors import MethodError
 from lamina.forms import Grid
 from lamina.forms.values import BOTH, exponent_scale
-from lamina.measure.stats import LayerStats, predict_error
+from lamina.measure.stats import LayerStats, predict_change
 from lamina.methods.base import Weights
 from lamina.methods.rdoq.feedback import Array, Prices, code_lengths, feed_forward
 from lamina.methods.rdoq.problem import Problem, diagonal_of
@@ -172,22 +172,23 @@ def quantize(
     whole = problem.matrix.shape[2]
     m = whole - problem.biased
     spread = Spread.of(problem, scale) if spread is None else spread
-    steps = np.full(problem.matrix.shape, step)
-    for exponents in (spread.rows, spread.columns):
-        if exponents is not None:
-            steps[:, :, :m] *= scale_of(exponents)
+    across = np.full((len(problem.matrix), 1, whole), step)
+    if spread.columns is not None:
+        across[:, :, :m] *= scale_of(spread.columns)
     distortion = spread.distortion * step**2 if m else 1.0
     # The bias at the same slope: all distortions equal (its step has little to do with `step`).
     bias_step = 0.0
     if problem.biased:
         power = float((problem.outputs.power.mean(1) * problem.inputs.power[:, m]).mean())
         bias_step = float32(math.sqrt(distortion / power))
-        steps[:, :, m] = bias_step
+        across[:, :, m] = bias_step
+    steps = np.broadcast_to(across, problem.matrix.shape)
+    if spread.rows is not None:
+        steps = steps.copy()
+        steps[:, :, :m] *= scale_of(spread.rows)
     prices = np.zeros(whole)
-    nothing = np.broadcast_to(np.zeros((1, 1, 1)), problem.matrix.shape)
-    free = Prices(prices, nothing, nothing, np.zeros(1))
     given = (problem.matrix, problem.inputs, problem.outputs, steps)
-    symbols = feed_forward(*given, free, problem.held, backend)
+    symbols = feed_forward(*given, Prices(prices), problem.held, backend)
     if rate > 0:
         prices[:m] = rate * math.log(2) / 6 * distortion
         lengths = code_lengths(symbols[:, :, :m], prices, int(problem.biased))
@@ -205,7 +206,7 @@ def _hold(
     along, axis = spread.stored(_swapped(site))
     weight = Grid(stored, step, along, axis, weights["weight"].dtype)
     values = {"weight": weight}
-    dense = as_matrix(site, weight.dense().to("cpu", torch.float64))
+    dense = as_matrix(site, weight.dense().cpu())
     if "bias" in weights:
         bias = weights["bias"]
         if problem.biased:
@@ -220,16 +221,14 @@ def _hold(
     error = 0.0
     if problem.biased:
         shape = (*dense.shape[:2], 1)
-        dense = torch.cat(
-            [dense, values["bias"].dense().to("cpu", torch.float64).reshape(shape)], 2
-        )
+        column = values["bias"].dense().to("cpu", torch.float64).reshape(shape)
+        dense = torch.cat([dense.to(torch.float64), column], 2)
     elif "bias" in values:
         lost = values["bias"].dense().to("cpu", torch.float64) - weights["bias"].detach().to(
             "cpu", torch.float64
         )
         error += _bias_error(problem.stats, lost)
-    matrix = torch.from_numpy(problem.matrix)
-    error += predict_error(problem.stats, matrix, dense - matrix)
+    error += predict_change(problem.stats, torch.from_numpy(problem.matrix), dense)
     return Result(values, error)
 
 
