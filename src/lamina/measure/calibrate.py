@@ -25,7 +25,7 @@ from lamina.measure.cross import measure_cross
 from lamina.measure.forward import Batch, at_rest, batches, call, device_of
 from lamina.measure.loss import Loss, decide_loss, pick_temperature, pseudo_loss
 from lamina.measure.moments import Moment, add_columns, empty_moment, is_finite, layer_stats
-from lamina.measure.probe import Probe, collect_probe, measure_scale, probe_size, unit_of
+from lamina.measure.probe import Probe, collect_probe, first_of, measure_scale, probe_size, unit_of
 from lamina.measure.stats import LayerStats, Stats
 from lamina.measure.tied import combine_uses
 from lamina.measure.tokens import expected_counts, relative_power
@@ -137,6 +137,8 @@ def calibrate(
     if decided.temperature != 1:
         notes = (*notes, f"logits softened by a temperature of {decided.temperature:g}")
     if probe and probes:
+        predictions = decided.predictions(probes[0].reference)
+        probes = first_of(probes, probe_size(sites.layers, layers, predictions))
         readings = {}
         with at_rest(module, seed=seed):
             for done, site in enumerate(sites.layers, 1):

@@ -167,7 +167,8 @@ def quantize(
         MethodError: the step is too fine for 32-bit integers, or the scale does not fit the layer.
     """
     rate = usual_rate(problem) if rate is None else rate
-    if problem.matrix.size and float(np.abs(problem.matrix).max()) > step * MOST:
+    largest = max(-problem.matrix.min(), problem.matrix.max()) if problem.matrix.size else 0.0
+    if largest > step * MOST:
         raise MethodError("rdoq cannot use this step", problem.site.name, f"{step} is too fine")
     whole = problem.matrix.shape[2]
     m = whole - problem.biased
