@@ -24,7 +24,7 @@ def read_file(data):
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ValueError("checksum")
     manifest, data = json.loads(header["__metadata__"]["lamina"]), data[8 + length : -4]
-    if manifest["lamina"] not in (1, 2):
+    if manifest["lamina"] not in (1, 2, 3):
         raise ValueError("version")
     dense, name = {}, ""
     for entry in manifest["tensors"].split():
@@ -53,6 +53,8 @@ def read_record(body, shape, dtype):
         n, body = varint(body)
         table = np.frombuffer(body[: 4 * n + 4], "<f4")
         return rounded(table[read_symbols(body[4 * n + 4 :], codec, view)], dtype).reshape(shape)
+    if form == 4:
+        return rounded(read_blocks(body, codec, flag, axis, view), dtype).reshape(shape)
     scale, body = np.frombuffer(body[:4], "<f4"), body[4:]
     if flag:
         n, rest = varint(body[1:])
@@ -67,6 +69,22 @@ def read_record(body, shape, dtype):
         scale = octaves * scale
         scale = scale if axis else scale[:, None]
     return rounded(read_symbols(body, codec, view).astype("<f4") * scale, dtype).reshape(shape)
+
+
+def read_blocks(body, codec, flag, single, view):
+    number, word = ("<f4", "<i4") if single else ("<f2", "<i2")
+    block, body = varint(body)
+    count = view[0] * view[1] // block
+    n, body = varint(body)
+    step, body = planes(body[:n], count, np.dtype(word)).view(number), body[n:]
+    if flag:
+        factor, (n, body) = np.frombuffer(body[:4], "<f4"), varint(body[4:])
+        with np.errstate(over="ignore"):
+            guess = (step.astype("<f4") * factor).astype(number).view(word)
+        least, body = (planes(body[:n], count, np.dtype(word)) + guess).view(number), body[n:]
+    values = read_symbols(body, codec, view).astype("<f4").reshape(-1, block)
+    values = values * step[:, None].astype("<f4")
+    return values + least[:, None].astype("<f4") if flag else values
 
 
 def rounded(values, dtype):

@@ -17,7 +17,7 @@ from lamina import codecs
 from lamina.artifact import pack, read, unpack
 from lamina.artifact.records import CODEC_IDS
 from lamina.codecs import planes
-from lamina.forms import Codebook, Edit, Grid, Plain, Sparse, install
+from lamina.forms import Affine, Codebook, Edit, Grid, Plain, Sparse, install
 
 TESTS = Path(__file__).parent
 FILES = sorted((TESTS / "golden").glob("*.lamina"))
@@ -153,7 +153,11 @@ def test_files_that_lamina_writes(shape, dtype, seed):
     dense = torch.randn(shape).to(dtype)
     axis = seed % 2
     exponents = torch.randint(-9, 9, (shape[axis],), dtype=torch.int32)
+    kind = (torch.float16, torch.float32)[seed % 2]
+    steps, leasts = torch.rand(shape[0], 1).to(kind), torch.randn(shape[0], 1).to(kind)
     values = {
+        "affine": Affine(symbols, steps, None, shape[1], dtype),
+        "least": Affine(symbols, steps, leasts, shape[1], dtype),
         "plain": Plain(dense),
         "sparse": Sparse(torch.where(symbols == 0, torch.zeros((), dtype=dtype), dense)),
         "codebook": Codebook(symbols.abs() % 5, torch.randn(5), dtype),

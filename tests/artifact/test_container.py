@@ -201,16 +201,20 @@ def test_golden_files_decode_forever():
     assert package.edits[0].settings == {"folds": 1, "rank": 2}
 
 
-def test_golden_file_of_version_2_decodes_forever():
-    package = read(GOLDEN / "version-2.lamina")
-    wanted = load_file(GOLDEN / "version-2.safetensors")
+@pytest.mark.parametrize("version", [2, 3])
+def test_golden_files_of_later_versions_decode_forever(version):
+    package = read(GOLDEN / f"version-{version}.lamina")
+    wanted = load_file(GOLDEN / f"version-{version}.safetensors")
     assert sorted(package.records) == sorted(wanted)
     for name, tensor in wanted.items():
         dense = package.dense(name)
         assert dense.dtype == tensor.dtype and dense.shape == tensor.shape
         assert bits(dense) == bits(tensor), name
-    codecs = {"context", "blocks", "huffman", "bloomier", "planes"}
-    assert codecs <= set(package.codecs.values())
+    codecs = {2: {"context", "blocks", "huffman", "bloomier", "planes"}}
+    codecs[3] = {"rans", "context", "adaptive", "blocks", "raw"}
+    assert codecs[version] <= set(package.codecs.values())
+    forms = {record.form for record in package.records.values()}
+    assert ("affine" in forms) == (version == 3)
 
 
 # --- damage ---------------------------------------------------------------------------------------

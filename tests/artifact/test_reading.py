@@ -99,12 +99,12 @@ def test_damage_inside_a_record_names_file_and_tensor(tmp_path):
             work()
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_both_versions_are_read(version):
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_all_versions_are_read(version):
     assert set(unpack(changed(lamina=version)).records) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize("version", [0, 3, True, 1.0, "2", None, [2], 10**30])
+@pytest.mark.parametrize("version", [0, 4, True, 1.0, "2", None, [2], 10**30])
 def test_other_versions_are_not(version):
     with pytest.raises(FileError, match="unknown file version"):
         unpack(changed(lamina=version))

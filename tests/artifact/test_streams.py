@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lamina import codecs
 from lamina.artifact import records, streams
 from lamina.errors import FileError
-from lamina.forms import Codebook, Grid, Plain, Sparse
+from lamina.forms import Affine, Codebook, Grid, Plain, Sparse
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)
@@ -66,6 +66,13 @@ def example(kind, shape, dtype, seed):
     step = float(np.float32(rng.random()))
     if kind == "grid" or not shape:
         return Grid(symbols, step, dtype=dtype)
+    if kind.startswith("affine"):
+        columns = int(np.prod(shape[1:])) if len(shape) > 1 else shape[0]
+        block = max(b for b in range(1, 6) if columns % b == 0)
+        half = torch.float16 if seed % 2 else torch.float32
+        count = (int(np.prod(shape)) // columns, columns // block)
+        steps, leasts = torch.from_numpy(rng.normal(size=(2, *count))).to(half)
+        return Affine(symbols, steps, leasts if kind[-1] == "s" else None, block, dtype)
     axis = int(kind[-1])
     rows, columns = shape[0], int(np.prod(shape[1:]))
     count = (rows, columns, rows + columns)[axis]
@@ -73,6 +80,7 @@ def example(kind, shape, dtype, seed):
 
 
 KINDS = ("plain", "sparse", "codebook", "grid", "grid by 0", "grid by 1", "grid by 2")
+KINDS += ("affine", "affine, leasts")
 
 
 @given(

@@ -15,7 +15,7 @@ import torch
 
 from lamina import codecs
 from lamina.artifact import records
-from lamina.forms import Codebook, Grid, Plain, Sparse
+from lamina.forms import Affine, Codebook, Grid, Plain, Sparse
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERSION = 2
@@ -135,6 +135,8 @@ def coded_bodies() -> dict[str, tuple[str, bytes]]:
         "thin": Sparse(torch.where(torch.rand(60, 50) < 0.6, 0, torch.randn(60, 50) * 0.02)),
         "codebook": Codebook(symbols.abs(), torch.randn(20), torch.float16),
         "scaled0": Grid(symbols, 0.1, torch.arange(8, dtype=torch.int32), 0),
+        "affine": Affine(symbols, torch.rand(8, 2).half(), None, 3),
+        "least": Affine(symbols, torch.rand(8, 1), torch.randn(8, 1), 6, torch.bfloat16),
         "scaled1": Grid(symbols, 0.1, torch.arange(6, dtype=torch.int32), 1, torch.bfloat16),
     }.items():
         tensor = values.dense()

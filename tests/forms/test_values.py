@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.forms import Codebook, Grid, Plain, Sparse
+from lamina.forms import Affine, Codebook, Grid, Plain, Sparse
 from lamina.forms.values import FORMS_OF_VALUES, exponent_scale
 
 
@@ -71,4 +71,4 @@ def test_grid_exponents_along_both_axes_multiply() -> None:
 
 
 def test_every_form_has_one_name() -> None:
-    assert set(FORMS_OF_VALUES.values()) == {Plain, Sparse, Codebook, Grid}
+    assert set(FORMS_OF_VALUES.values()) == {Plain, Sparse, Codebook, Grid, Affine}

@@ -1,7 +1,7 @@
 """The golden files: tensors of every form and codec, one file for each version of the format.
 
 Run `python -m tests.golden.make` only to add the file of a new version; the old ones stay. The
-values of version 1 are made again by `known`; those of version 2 stand beside it, dense.
+values of version 1 are made again by `known`; those of later ones stand beside them, dense.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lamina import codecs
 from lamina.artifact import records, unpack
 from lamina.artifact.container import seal
-from lamina.codecs import blocks, bloomier, context
+from lamina.codecs import blocks, bloomier, context, planes
 from lamina.forms import Plain, Sparse
 
 GOLDEN = Path(__file__).parent
@@ -155,10 +155,55 @@ def second() -> tuple[bytes, dict[str, torch.Tensor]]:
     return data, unpack(data).state()
 
 
+def third() -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Return a file of version 3, with grids per block of every kind, and its dense tensors."""
+    wide = symbols(12, 40, 60)
+    turn = torch.from_numpy(symbols(12, 10, 200)).float().div(64).exp2()
+    bodies, lines = b"", []
+    for number, (codec, kind, dtype, factor) in enumerate(
+        [
+            ("rans", torch.float16, torch.float32, None),
+            ("rans", torch.float16, torch.float32, -7.5),
+            ("context", torch.float16, torch.float32, 0.0),
+            ("adaptive", torch.float16, torch.float16, -7.5),
+            ("blocks", torch.float16, torch.bfloat16, -7.5),
+            ("raw", torch.float16, torch.float64, 1e30),  # a guess that is infinite
+            ("rans", torch.float32, torch.float32, None),
+            ("context", torch.float32, torch.float32, -7.5),
+            ("adaptive", torch.float32, torch.bfloat16, 0.0),
+            ("blocks", torch.float32, torch.float32, -7.5),
+        ]
+    ):
+        steps = (turn * 0.0123).to(kind).numpy()
+        word = "<u2" if kind == torch.float16 else "<u4"
+        flags = 0x40 * (factor is not None) | 0x80 * (kind == torch.float32)
+        body = head(4, codec, flags) + records.varint(4) + framed(steps.view(word))
+        if factor is not None:
+            leasts = (steps.astype("f4") * np.float32(-7.1)).astype(steps.dtype)
+            with np.errstate(over="ignore"):
+                guess = (steps.astype("f4") * np.float32(factor)).astype(steps.dtype)
+            body += np.dtype("<f4").type(factor).tobytes()
+            body += framed(leasts.view(word) - guess.view(word))
+        body += blocks.encode(wide, block=70) if codec == "blocks" else coded(codec, wide)
+        bodies += records.varint(len(body)) + body
+        lines.append(f"t{number}:12,8,5:{records.DTYPE_NAMES[dtype]}")
+    bodies += records.encode(Plain(turn))
+    lines.append("plain:12,10")
+    manifest = {"lamina": 3, "by": "0.1.0", "skeleton": "module", "tensors": " ".join(lines)}
+    data = seal(manifest, bodies)
+    return data, unpack(data).state()
+
+
+def framed(words: np.ndarray) -> bytes:
+    """Return integers by planes, with their length before them."""
+    data = planes.encode(np.ascontiguousarray(words).tobytes(), words.itemsize, False)
+    return records.varint(len(data)) + data
+
+
 if __name__ == "__main__":
-    target = GOLDEN / "version-2.lamina"
+    target = GOLDEN / "version-3.lamina"
     if target.exists():
         raise SystemExit(f"{target.name} is there: golden files never change")
-    data, state = second()
+    data, state = third()
     target.write_bytes(data)
     save_file(state, target.with_suffix(".safetensors"))

@@ -17,11 +17,15 @@ import torch
 from torch import nn
 
 from lamina.artifact import records
+from lamina.artifact.exact import exact
 from lamina.artifact.manifest import flaw_of
 from lamina.errors import FileError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 
-VERSION = 2  # what is written; `manifest.READS` is what is read
+# What is written, and by what; `manifest.READS` is what is read. A file that older readers can read
+# stays one, to the byte.
+VERSION = 2
+NEWER = {"affine": 3}  # forms of values that came later
 
 
 def pack(
@@ -44,10 +48,23 @@ def pack(
     state = tensors_of(module)
     body = bytearray()
     names = stored_names(state, values)
+    forms: set[str] = set()
     for name in names:
-        body += records.encode(values.get(name) or Plain(state[name].detach()))
+        record = records.encode(values.get(name) or exact(state[name].detach()))
+        forms.add(records.form_of(record))
+        body += record
     held = {name: state[name] for name in names}
-    return seal(manifest_of(held, edits, skeleton, plan, box), body)
+    return seal(manifest_of(held, edits, skeleton, plan, box, version_of(forms)), body)
+
+
+def version_of(forms: Iterable[str]) -> int:
+    """Return the version of the format that a file with these forms of values has.
+
+    Example:
+        >>> version_of(["plain", "grid"]), version_of(["affine"])
+        (2, 3)
+    """
+    return max([VERSION, *(NEWER[form] for form in forms if form in NEWER)])
 
 
 def stored_names(
@@ -77,12 +94,14 @@ def manifest_of(
     skeleton: str,
     plan: Mapping[str, str],
     box: str = "",
+    version: int = VERSION,
 ) -> dict[str, Any]:
     """Return a file's manifest.
 
     Args:
         tensors: what is stored, in order; only shapes and dtypes are looked at.
         edits, skeleton, plan, box: as `pack`.
+        version: of the format, see `version_of`.
     """
     from lamina._version import __version__
 
@@ -91,7 +110,7 @@ def manifest_of(
     for name, tensor in tensors.items():
         table.append(_entry(name, tensor, previous))
         previous = name.rpartition(".")[0]
-    manifest: dict[str, Any] = {"lamina": VERSION, "by": __version__, "skeleton": skeleton}
+    manifest: dict[str, Any] = {"lamina": version, "by": __version__, "skeleton": skeleton}
     structure = [[e.path, e.form, dict(e.settings)] for e in edits if e.form != "values"]
     if structure:
         manifest["edits"] = structure

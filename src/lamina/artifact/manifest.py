@@ -15,7 +15,7 @@ from lamina.artifact.records import DTYPES
 from lamina.errors import FileError
 from lamina.forms import Edit
 
-READS = (1, 2)
+READS = (1, 2, 3)
 MAX_ELEMENTS = 1 << 40
 MAX_DIMENSIONS = 32
 MAX_NAME = 1000  # characters

@@ -2,14 +2,17 @@
 
     record  = varint(length of body) body
     body    = head [parameters] payload...
-    head    = form (bits 0-2: 0 plain, 1 sparse, 2 codebook, 3 grid)
+    head    = form (bits 0-2: 0 plain, 1 sparse, 2 codebook, 3 grid, 4 affine)
               + codec of the symbols (bits 3-5: index into CODEC_IDS; plain: 0 raw, 1 planes)
-              + flag (bit 6: grid: exponents follow; sparse: non-zeros by planes) + axis (bit 7)
+              + flag (bit 6: grid: exponents follow; sparse: non-zeros by planes; affine: there are
+              least values) + axis (bit 7; affine: steps are float32, not float16)
     plain   : raw little-endian values, or planes
     sparse  : varint(length) coded 0/1 mask; non-zeros in row order, raw or planes
     codebook: k - 1 as varint, k float32 centroids; coded index
     grid    : float32 step; [codec byte, varint(length), coded exponents]; coded symbols
               (codec byte: bit 7 says that exponents of the columns follow those of the rows)
+    affine  : block as varint; varint(length), steps; [float32 factor, varint(length), leasts];
+              coded symbols (`steps.py`)
 
 Symbols are coded as the tensor's 2-D view `[shape[0], rest]`. What the payloads hold is read in
 `streams.py`, when it is wanted.
@@ -25,15 +28,17 @@ import numpy as np
 import torch
 
 from lamina import codecs
+from lamina.artifact import steps
+from lamina.artifact.steps import Steps
 from lamina.codecs import planes
 from lamina.codecs.fields import varint
 from lamina.errors import FileError
-from lamina.forms import Codebook, Grid, Plain, Sparse, Values
+from lamina.forms import Affine, Codebook, Grid, Plain, Sparse, Values
 from lamina.forms.values import BOTH
 
 # the order is part of the format
 CODEC_IDS = ("raw", "rans", "adaptive", "context", "blocks", "huffman", "bloomier")
-FORMS = ("plain", "sparse", "codebook", "grid")
+FORMS = ("plain", "sparse", "codebook", "grid", "affine")
 OWN_CODES = ("huffman", "bloomier")  # a method chose these: they are kept when saved again
 SAMPLE, SAMPLES = 1 << 14, 8  # elements, stretches: of more, sizes are predicted
 DTYPES = {
@@ -112,9 +117,18 @@ def encode(values: Values) -> bytes:
         codec, data = _own_code(values) if values.code else _code(matrix_view(values.index))
         table = flat_bytes(values.centroids.to(torch.float32))
         body = bytes([2 | codec << 3]) + varint(len(values.centroids) - 1) + table + data
+    elif isinstance(values, Affine):
+        codec, data = _code(matrix_view(values.symbols))
+        flags = (values.leasts is not None) << 6 | (values.steps.dtype == torch.float32) << 7
+        body = bytes([4 | codec << 3 | flags]) + steps.encode(values) + data
     else:
         body = _encode_grid(values)
     return varint(len(body)) + body
+
+
+def form_of(record: bytes) -> str:
+    """Return the form of a record that `encode` made."""
+    return FORMS[record[read_varint(memoryview(record), 0)[1]] & 7]
 
 
 def _code(array: np.ndarray) -> tuple[int, bytes]:
@@ -198,6 +212,7 @@ class Record:
         step: grid.
         exponents: grid: codec and bytes of the exponents.
         axis: grid: the exponents' axis, or `BOTH`.
+        steps: affine: steps and least values.
     """
 
     form: str
@@ -212,6 +227,7 @@ class Record:
     step: float = 0.0
     exponents: tuple[str, memoryview] | None = None
     axis: int = 0
+    steps: Steps | None = None
 
     @property
     def elements(self) -> int:
@@ -247,6 +263,8 @@ def parse(body: memoryview, shape: tuple[int, ...], dtype: torch.dtype, where: s
         centroids = torch.frombuffer(bytearray(table), dtype=torch.float32)
         return Record("codebook", name, shape, dtype, where, body[at:], centroids=centroids)
     _check_float(dtype, where)
+    if form == 4:
+        return _parse_affine(body, name, shape, dtype, where)
     number, at = _part(body, 1, 4)
     (step,) = struct.unpack("<f", number)
     exponents, axis = None, head >> 7
@@ -264,6 +282,29 @@ def parse(body: memoryview, shape: tuple[int, ...], dtype: torch.dtype, where: s
     return Record(
         "grid", name, shape, dtype, where, body[at:], step=step, exponents=exponents, axis=axis
     )
+
+
+def _parse_affine(
+    body: memoryview, codec: str, shape: tuple[int, ...], dtype: torch.dtype, where: str
+) -> Record:
+    kind = torch.float32 if body[0] & 0x80 else torch.float16
+    block, at = read_varint(body, 1)
+    columns = view_shape(shape)[1]
+    if not math.prod(shape) or not block or columns % block:
+        why = f"{columns} columns are no blocks of {block}"
+        raise FileError("a tensor has no such blocks", where, why)
+    length, at = read_varint(body, at)
+    coded, at = _part(body, at, length)
+    factor, leasts = 0.0, None
+    if body[0] & 0x40:
+        number, at = _part(body, at, 4)
+        (factor,) = struct.unpack("<f", number)
+        length, at = read_varint(body, at)
+        leasts, at = _part(body, at, length)
+    if not math.isfinite(factor):
+        raise FileError("the factor of the least values is not finite", where, "", "copy it again")
+    held = Steps(block, kind, coded, factor, leasts)
+    return Record("affine", codec, shape, dtype, where, body[at:], steps=held)
 
 
 def _parse_plain(

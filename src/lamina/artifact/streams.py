@@ -20,15 +20,17 @@ import torch
 from numpy.typing import NDArray
 
 from lamina import codecs
+from lamina.artifact import steps
 from lamina.artifact.records import OWN_CODES, Record, plane_layout, view_shape
 from lamina.codecs import planes, raw
 from lamina.codecs.symbols import count_elements
 from lamina.errors import FileError
-from lamina.forms import Codebook, Grid, Plain, Sparse, Values
+from lamina.forms import Affine, Codebook, Grid, Plain, Sparse, Values
 from lamina.forms.values import BOTH, exponent_scale
 
 Bytes = NDArray[np.uint8]
 Task = Callable[[], None]
+Write = Callable[[NDArray[Any], int, NDArray[np.float32]], None]  # symbols, from which on, where to
 MOST_THREADS = 4
 COPIED = 1 << 24  # bytes of raw values that are one task
 WRITTEN = 1 << 18  # elements that are converted at a time: they stay in the cache
@@ -50,6 +52,12 @@ def decode(record: Record) -> Values:
     with _errors_of(record.where):
         symbols = torch.from_numpy(_all_symbols(record)).reshape(record.shape)
         exponents = _exponents(record)
+        blocks = _steps(record)
+    if record.steps is not None:
+        shape = (view_shape(record.shape)[0], -1)
+        each, leasts = (None if x is None else x.reshape(shape) for x in blocks)
+        assert each is not None
+        return Affine(symbols, each, leasts, record.steps.block, record.dtype)
     if record.centroids is not None:
         code = (record.codec, bytes(record.payload)) if record.codec in OWN_CODES else None
         return Codebook(symbols, record.centroids, record.dtype, code)
@@ -193,6 +201,13 @@ def _exponents(record: Record) -> torch.Tensor | None:
     return torch.from_numpy(found)
 
 
+def _steps(record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return steps and least values of all blocks, flat, or twice None."""
+    if record.steps is None:
+        return None, None
+    return steps.decode(record.steps, record.elements // record.steps.block)
+
+
 # --- dense tensors --------------------------------------------------------------------------------
 
 
@@ -319,6 +334,30 @@ def _fill_grid(record: Record, memory: Bytes) -> list[Task]:
             if record.axis == BOTH:
                 np.multiply(into, last[across], out=into)
 
+    return _written(record, memory, write)
+
+
+def _fill_affine(record: Record, memory: Bytes) -> list[Task]:
+    assert record.steps is not None
+    block = record.steps.block
+    step, least = (None if x is None else x.float().numpy() for x in _steps(record))
+    assert step is not None
+
+    def write(symbols: NDArray[Any], at: int, out: NDArray[np.float32]) -> None:
+        stop = at + symbols.size
+        first, last = at // block, -(-stop // block)
+        inside = slice(at - first * block, stop - first * block)
+        # Two operations, each rounded, as in `Affine.dense`.
+        np.multiply(symbols, step[first:last].repeat(block)[inside], out=out, dtype=np.float32)
+        if least is not None:
+            np.add(out, least[first:last].repeat(block)[inside], out=out)
+
+    return _written(record, memory, write)
+
+
+def _written(record: Record, memory: Bytes, write: Write) -> list[Task]:
+    """Return the tasks that write the float32 values of symbols, part by part, in their dtype."""
+
     def convert(part: codecs.Part) -> None:
         symbols = part.read()
         narrow = record.dtype != torch.float32
@@ -344,6 +383,7 @@ FILLS = {
     "sparse": _fill_sparse,
     "codebook": _fill_codebook,
     "grid": _fill_grid,
+    "affine": _fill_affine,
 }
 
 

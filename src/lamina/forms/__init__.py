@@ -1,5 +1,6 @@
 """Forms: runtime layers and ways to hold values, free of any method's code."""
 
+from lamina.forms.affine import Affine, find_affine
 from lamina.forms.channels import Gather, check_indices
 from lamina.forms.edit import BUILDERS, Edit, builder, find_tensor, install
 from lamina.forms.half import build_bf16
@@ -17,6 +18,7 @@ from lamina.forms.values import FORMS_OF_VALUES, Codebook, Grid, Plain, Sparse, 
 __all__ = [
     "BUILDERS",
     "FORMS_OF_VALUES",
+    "Affine",
     "Codebook",
     "Edit",
     "Gather",
@@ -32,6 +34,7 @@ __all__ = [
     "builder",
     "check_indices",
     "conv_weights",
+    "find_affine",
     "find_grid",
     "find_tensor",
     "grid_of",

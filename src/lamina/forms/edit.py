@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lamina.errors import FileError
+from lamina.forms.affine import Affine
 from lamina.forms.tied import tie
 from lamina.forms.values import Codebook, Grid, Plain, Sparse, Values
 
@@ -114,7 +115,7 @@ def _tie(root: nn.Module, edit: Edit) -> None:
 
 
 def _write(root: nn.Module, edit: Edit) -> None:
-    if not isinstance(edit.values, (Plain, Sparse, Codebook, Grid)):
+    if not isinstance(edit.values, (Plain, Sparse, Codebook, Grid, Affine)):
         raise FileError("an edit has no values", edit.path)
     target = find_tensor(root, edit.path)
     dense = edit.values.dense()

@@ -1,7 +1,7 @@
 """How a tensor's values are held: the exact forms a file can store.
 
 Every form gives back the very same dense tensor on every machine: `dense()` uses only integer to
-float conversion, and one or two IEEE multiplications.
+float conversion, and one or two IEEE operations.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+from lamina.forms.affine import Affine
 
 BOTH = 2  # axes that exponents run along
 QUARTER_OCTAVES = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)  # 2^(0..3 / 4)
@@ -97,10 +99,11 @@ def exponent_scale(exponents: torch.Tensor) -> torch.Tensor:
     return torch.tensor(scales, dtype=torch.float64).to(torch.float32)
 
 
-Values = Plain | Sparse | Codebook | Grid
+Values = Plain | Sparse | Codebook | Grid | Affine
 FORMS_OF_VALUES: dict[str, type] = {
     "plain": Plain,
     "sparse": Sparse,
     "codebook": Codebook,
     "grid": Grid,
+    "affine": Affine,
 }

@@ -2,7 +2,8 @@
 
 **What.** Every value stays bit for bit, in its own dtype. A tensor with many exact zeros is held
 as a coded pattern and its non-zeros, one of 8-bit integers (see `int8`) as those and their scales,
-where that is smaller.
+one that was opened from a file of 4- to 8-bit integers (GGUF) as those, their steps and their least
+values, where that is smaller.
 
 **Where.** Every layer site; the end of a chain that only changes a layer's form or its zeros.
 
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 import torch
 
 from lamina import codecs
+from lamina.artifact.exact import exact, exact_bytes
 from lamina.artifact.records import values_bytes
 from lamina.errors import SiteError
-from lamina.forms import Edit, Grid, Plain, Sparse, find_grid
+from lamina.forms import Affine, Edit, Grid, Plain, Sparse, find_grid
 from lamina.measure.stats import Cost, LayerStats
 from lamina.methods.base import (
     Candidate,
@@ -46,7 +48,7 @@ STEP_BYTES = 4
 FEWEST_ZEROS = 0.05  # below this share of zeros a pattern is not worth looking at
 
 
-def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse | Grid, float]:
+def hold(tensor: torch.Tensor) -> tuple[Plain | Affine | Sparse | Grid, float]:
     """Return the smaller exact form of a tensor, and its size [bytes].
 
     A sparse tensor's negative zeros become zeros: the pattern cannot tell them apart.
@@ -55,7 +57,8 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse | Grid, float]:
         >>> hold(torch.eye(64))[0].__class__.__name__
         'Sparse'
     """
-    plain = values_bytes(tensor)
+    held = exact(tensor)
+    plain = exact_bytes(held)
     grid = find_grid(tensor)
     if grid is not None and grid.exponents is not None:
         coded = codecs.length(grid.symbols.numpy()) + codecs.length(
@@ -70,7 +73,7 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Sparse | Grid, float]:
         sparse = pattern + values_bytes(tensor[~zeros])
         if sparse < plain:
             return Sparse(tensor.masked_fill(zeros, 0)), sparse
-    return Plain(tensor), plain
+    return held, plain
 
 
 @dataclass(frozen=True)

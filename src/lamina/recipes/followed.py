@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamina.artifact import records
-from lamina.forms import Codebook, Plain, Values, find_tensor
+from lamina.artifact.exact import exact
+from lamina.forms import Codebook, Values, find_tensor
 from lamina.measure.stats import Cost, Stats, predict_error
 from lamina.methods.base import Candidate, Step, weights_of
 from lamina.methods.magnitude import prune
@@ -59,7 +60,7 @@ def plan_of(
     for site in sites.layers:
         weights = weights_of(network, site)
         steps, values = chains.get(
-            site.name, ((Step("keep", site.name),), Plain(weights["weight"]))
+            site.name, ((Step("keep", site.name),), exact(weights["weight"]))
         )
         bits = 8.0 * len(records.encode(values))
         bits += 8.0 * sum(t.numel() * t.element_size() for k, t in weights.items() if k == "bias")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lamina.artifact import records
+from lamina.artifact.exact import exact
 from lamina.artifact.records import CODEC_IDS, FORMS, read_varint
-from lamina.forms import Plain, install
+from lamina.forms import install
 from lamina.measure.stats import LayerStats
 from lamina.network.lazy import Lazy
 from lamina.network.sites import Site
@@ -134,7 +135,7 @@ def code_rest(lazy: Lazy, names: Sequence[str], folder: RunFolder) -> list[Part]
         path = folder.stage("kept", key_of("kept", lazy.network.digest(), group), ".bin")
         part = read_part(path)
         if part is None:
-            coded = [_named(name, records.encode(Plain(lazy.tensor(name)))) for name in group]
+            coded = [_named(name, records.encode(exact(lazy.tensor(name)))) for name in group]
             part = write_part(folder, path, coded)
         found.append(part)
     return found

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from lamina.artifact.container import head_of, manifest_of, stored_names
+from lamina.artifact.container import head_of, manifest_of, stored_names, version_of
 from lamina.errors import RunError
 from lamina.forms import Edit
 from lamina.network.lazy import Lazy
@@ -148,7 +148,8 @@ def assemble(
     edits = (*lazy.network.edits, *(edit for part in parts for edit in part.edits))
     network = lazy.network
     held = {name: state[name] for name in names}
-    manifest = manifest_of(held, edits, network.source, plan, network.box)
+    version = version_of(coded[name][1].form for name in names)
+    manifest = manifest_of(held, edits, network.source, plan, network.box, version)
     head = head_of(manifest, sum(coded[name][1].length for name in names))
     rows = [(n, coded[n][1].length, coded[n][1].form, coded[n][1].codec) for n in names]
     ledger = (("header", len(head), None, None), ("checksum", 4, None, None), *rows)

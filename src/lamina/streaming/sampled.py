@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lamina import codecs
+from lamina.artifact.exact import exact, exact_bytes
 from lamina.artifact.records import values_bytes
 from lamina.codecs import blocks
 from lamina.errors import SiteError
@@ -218,7 +219,7 @@ def _kept(site: Site, lazy: Lazy, measured: Measured) -> Candidate:
     """Return what it costs to keep a layer, from the sample."""
     sample = measured.sample
     zeros = float((sample == 0).double().mean())
-    size = values_bytes(sample)
+    size = exact_bytes(exact(sample))
     if zeros > 0.05:
         pattern = codecs.length((sample != 0).to(torch.int32).numpy())
         size = min(size, pattern + values_bytes(sample[sample != 0]))

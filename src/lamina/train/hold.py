@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lamina.forms import Codebook, Edit, Grid, Plain, Sparse, Values, find_tensor
+from lamina.forms import Affine, Codebook, Edit, Grid, Plain, Sparse, Values, find_tensor
 from lamina.forms.values import BOTH, exponent_scale
 
 
@@ -138,7 +138,7 @@ def hold(values: Values, start: torch.Tensor) -> Held:
         return HeldCodebook(values)
     if isinstance(values, Sparse):
         return HeldSparse(values)
-    return HeldPlain(values)
+    return HeldPlain(Plain(values.dense()) if isinstance(values, Affine) else values)
 
 
 class HeldNetwork(nn.Module):
@@ -146,8 +146,8 @@ class HeldNetwork(nn.Module):
 
     Args:
         module: the edited network; its own parameters are not touched while training.
-        edits: its values edits, one per tensor. Buffers, frozen parameters and grids without a
-            step are not held: they stay as the module has them.
+        edits: its values edits, one per tensor. Buffers, frozen parameters, grids without a step
+            and grids per block are not held: they stay as the module has them.
         starts: for grids, where the latent values begin, by parameter name (the values the grid was
             made from keep more information than the rounded ones); default: the rounded values.
     """
@@ -194,4 +194,6 @@ class HeldNetwork(nn.Module):
 
 
 def _is_trainable(values: Values) -> bool:
+    if isinstance(values, Affine):
+        return False  # trained, its values would lie on no grid, and take seven times the bytes
     return not isinstance(values, Grid) or (math.isfinite(values.step) and values.step > 0)

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lamina.artifact.exact import exact
 from lamina.errors import NetworkError
-from lamina.forms import Edit, Grid, Plain, find_tensor
+from lamina.forms import Edit, Grid, find_tensor
 
 AUTO_WORK = 1.6e12  # multiply-accumulates that "auto" may spend: about 90 seconds of one core
 AUTO_EPOCHS = 60  # and no more passes over the data than this
@@ -28,14 +29,14 @@ def check_values(module: nn.Module) -> None:
 
 
 def held_edits(module: nn.Module, edits: Iterable[Edit]) -> list[Edit]:
-    """Return edits with one values edit per tensor: the last that was given, else a plain one.
+    """Return edits with one values edit per tensor: the last that was given, else an exact one.
 
     Tied weights are one tensor under several names, and it is trained once.
     """
     given = list(edits)
     last = {id(find_tensor(module, e.path)): i for i, e in enumerate(given) if e.form == "values"}
     rest = [
-        Edit(name, "values", values=Plain(p.detach().clone()))
+        Edit(name, "values", values=exact(p.detach().clone()))
         for name, p in module.named_parameters()
         if id(p) not in last and p.requires_grad and p.is_floating_point()
     ]
