@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,24 @@ for path in sorted(Path(sys.argv[1]).glob("*.lamina")):
 """
 
 
+LAYERS = {"gpt2": "n_layer", "t5": "num_layers"}  # what others call num_hidden_layers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Measure latency, which every report does, in as few rounds as there may be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["lamina.report.compare"], "ROUNDS", 3)
+        yield
+
+
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a fresh process found of the files of every family; their folders are gone."""
     room = tmp_path_factory.mktemp("files")
     for name in KINDS:
         folder = tmp_path_factory.mktemp(name)
-        save_folder(name, folder, **({"num_hidden_layers": 1} if name == "bert" else {}))
+        save_folder(name, folder, **{LAYERS.get(name, "num_hidden_layers"): 1})
         network = open_model(folder)
         methods = ["alds", "rdoq"] if name == "bert" else ["rdoq"]
         result = compress(network, None, "30%", recover=None, methods=methods)
@@ -76,8 +87,8 @@ def test_a_fresh_process_gives_the_same_bits(verdicts: dict[str, str], name: str
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a language model, an encoder, and a text."""
     folder = tmp_path_factory.mktemp("shell")
-    for name, layers in (("gpt2", "n_layer"), ("bert", "num_hidden_layers")):
-        save_folder(name, folder / name, **{layers: 1})
+    for name in ("gpt2", "bert"):
+        save_folder(name, folder / name, **{LAYERS.get(name, "num_hidden_layers"): 1})
         save_tokenizer(folder / name)
     write_text(folder / "corpus.txt")
     return folder
@@ -99,11 +110,9 @@ COMPRESS = (
 def test_inspect_lists_the_layers_of_a_folder(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chains = importlib.import_module("lamina.plan.chains")
-    few = {m.name: m for m in chains.choose_methods(["rdoq"])}
-    monkeypatch.setattr(chains, "registry", lambda: few)  # what all say takes its time
     monkeypatch.chdir(place)
-    assert cli.main(["inspect", "bert", "--data", "text:corpus.txt", "--samples", "8"]) == 0
+    words = ("--data", "text:corpus.txt", "--samples", "8", "--methods", "rdoq")
+    assert cli.main(["inspect", "bert", *words]) == 0
     assert "encoder.layer.0.output.dense" in capsys.readouterr().out
 
 

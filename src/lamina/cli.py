@@ -17,6 +17,7 @@ import typer
 from lamina import cli_show as show
 from lamina.cli_options import (
     Against,
+    Asked,
     BatchSize,
     Box,
     Compressed,
@@ -51,9 +52,10 @@ from lamina.cli_options import (
     Skeleton,
     Stream,
     Threads,
+    TimedBatch,
+    TimedTokens,
     Tokens,
     Tolerance,
-    read_budget,
     read_epochs,
     read_limits,
     read_metric,
@@ -103,34 +105,25 @@ def _top(
 
 
 @app.command(
-    epilog=_examples("inspect lenet-5 --data mnist-10k", "inspect runs/lenet-5-2pct/net.lamina")
+    epilog=_examples(
+        "inspect lenet-5 --data mnist-10k",
+        "inspect ./minilm --data text:corpus.txt --methods rdoq,alds",
+        "inspect runs/lenet-5-2pct/net.lamina",
+    )
 )
 def inspect(
-    model: Model, data: DataName = None, samples: Samples = 250, skeleton: Skeleton = None
-) -> None:
+    model: Model, data: DataName = None, samples: Samples = 250, skeleton: Skeleton = None,
+    methods: Asked = None,
+) -> None:  # fmt: skip
     """Show what can be compressed, and what was refused.
 
-    With --data also how small each layer gets by itself at a harmless predicted error. Of a
-    .lamina file: where its bytes are (without --data, its network is not even built).
+    With --data also how small each layer gets by itself at a harmless predicted error: of a large
+    network by the quick methods only, unless --methods names others. Of a .lamina file: where its
+    bytes are (without --data, its network is not even built).
     """
-    if model.endswith(".lamina") and data is None and skeleton is None:
-        from lamina import artifact
+    from lamina.cli_inspect import inspect as look
 
-        return show.show_package(model, artifact.read(model))
-    from lamina.network.discover import discover
-    from lamina.network.load import check_network
-    from lamina.stages import Way, measured, offered
-
-    network, loaders = open_both(model, data, skeleton)
-    check_network(network)
-    sites = discover(network)
-    if loaders is None:
-        return show.show_sites(network, sites)
-    with show.progress_bar() as watch:
-        way = Way(network, loaders, read_budget("100%"), samples=samples, watch=watch)
-        stats = measured(way, sites)
-        candidates = offered(way, sites, stats)
-    show.show_sites(network, sites, stats, candidates)
+    look(model, data, skeleton, samples=samples, methods=methods)
 
 
 @app.command(
@@ -149,7 +142,7 @@ def compress(
     samples: Samples = 1000, seed: Seed = 0, skeleton: Skeleton = None, recipe: Recipe = None,
     settings: RecipeSettings = None, lossless: Lossless = False,
     lossless_structure: LosslessStructure = False, box: Box = None, stream: Stream = None,
-    out: RunPath = None,
+    batch: TimedBatch = 0, tokens: TimedTokens = 0, out: RunPath = None,
 ) -> None:  # fmt: skip
     """Go the whole way, from a network to a small file.
 
@@ -170,7 +163,7 @@ def compress(
             run, model, data, skeleton, budget, recover=read_epochs(recover),
             methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
             recipe=read_recipe(recipe, settings), lossless=lossless, lossless_structure=structure,
-            stream=stream,
+            stream=stream, shape=(batch, tokens),
         )  # fmt: skip
 
 
@@ -186,7 +179,7 @@ def plan(
     params: Params = None, latency: Latency = None, max_drop: MaxDrop = None,
     methods: Methods = None, metric: MetricName = None, samples: Samples = 1000, seed: Seed = 0,
     skeleton: Skeleton = None, explain: Explain = None, run: Reuse = None,
-    out: Out = Path("plan.json"),
+    batch: TimedBatch = 0, tokens: TimedTokens = 0, out: Out = Path("plan.json"),
 ) -> None:  # fmt: skip
     """Decide what each layer will undergo, as plan.json.
 
@@ -199,6 +192,7 @@ def plan(
     decide(
         model, data, skeleton, budget, explain=explain, reuse=run, out=out,
         methods=read_names(methods), metric=read_metric(metric), samples=samples, seed=seed,
+        shape=(batch, tokens),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamina import cli_show as show
-from lamina.cli_run import open_both
+from lamina.cli_run import open_both, timed_at
 
 if TYPE_CHECKING:
     from lamina.measure.bench import Bench
@@ -25,7 +25,7 @@ def compare(
         compressed: the compressed one, or None.
         against: the original, where `model` is the compressed one; default: the file's own.
         data, skeleton: as the user named them.
-        batch, tokens: shape of the inputs; 0: that of the original's example.
+        batch, tokens: shape of the inputs; 0: that of a sample of the data, without any 128 tokens.
         threads, seconds: see `measure.bench`.
         layers: time each layer too.
         out: a JSON file.
@@ -39,7 +39,8 @@ def compare(
 
     first, second = (model, compressed) if compressed is not None else (against, model)
     final, _ = open_both(second, data, skeleton)
-    original, _ = open_both(first or skeleton or show.origin_of(second), data, None)
+    original, loaders = open_both(first or skeleton or show.origin_of(second), data, None)
+    original = timed_at(original, loaders)
     named = [site.module for site in discover(original).layers] if layers else []
     found = bench(
         original, final.module, batch=batch, tokens=tokens, threads=threads, seconds=seconds,

@@ -43,6 +43,14 @@ Recover = Annotated[
 Methods = Annotated[
     str | None, typer.Option(help="Choose among these only, e.g. alds,rdoq; default: all.")
 ]
+Asked = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        help="Ask these only, e.g. alds,rdoq, or all; default: all, of a large "
+        "network the quick ones.",
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(help="Follow a paper as a whole, e.g. deep-compression; a wrong name lists all."),
@@ -94,7 +102,21 @@ Compressed = Annotated[
     typer.Argument(metavar="COMPRESSED", help="What was made of MODEL; without: MODEL is it."),
 ]
 BatchSize = Annotated[int, typer.Option("--batch", help="Samples of one forward pass.")]
-Tokens = Annotated[int, typer.Option(help="Tokens of a sample; default: as in the example.")]
+Tokens = Annotated[
+    int, typer.Option(help="Tokens of a sample; 0: as in the data, without any 128.")
+]
+TimedBatch = Annotated[
+    int,
+    typer.Option(
+        "--batch",
+        min=0,
+        help="Samples that a latency is of; 0: as in the example, of a folder one.",
+    ),
+]
+TimedTokens = Annotated[
+    int,
+    typer.Option("--tokens", min=0, help="Tokens of each; 0: as in the data, without any 128."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
 Seconds = Annotated[float, typer.Option(help="What timing may take, about.")]
 Layers = Annotated[bool, typer.Option("--layers", help="Also time each layer.")]
@@ -157,7 +179,10 @@ def read_structure(wanted: bool, box: str | None) -> Any:
 
 
 def read_names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    """Read --methods; all is what nothing is, too."""
+    if text is None or text.strip() == "all":
+        return None
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_metric(text: str | None) -> Any:

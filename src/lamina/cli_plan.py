@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina import cli_show as show
-from lamina.cli_run import open_both, run_folder
+from lamina.cli_run import open_both, run_folder, timed_at
 
 if TYPE_CHECKING:
     from lamina.plan import Budget
@@ -19,7 +19,7 @@ ALL = "all"  # instead of a layer: every layer in a line
 def decide(
     model: str, data: str | None, skeleton: str | None, budget: Budget | None, *,
     explain: str | None, reuse: Path | None, out: Path, methods: Sequence[str] | None,
-    metric: Any, samples: int, seed: int,
+    metric: Any, samples: int, seed: int, shape: tuple[int, int] = (0, 0),
 ) -> None:  # fmt: skip
     """Make a plan and write it, or explain it, or both.
 
@@ -32,6 +32,7 @@ def decide(
             is made.
         out: where the plan is written.
         methods, metric, samples, seed: as of `compress`.
+        shape: samples and tokens that a latency is of, see `timed_at`.
 
     Raises:
         SiteError: there is no such layer.
@@ -52,6 +53,8 @@ def decide(
     before = None if budget or reuse is None else Plan.load(reuse / "plan.json")
     choose_methods(methods)
     network, loaders = open_both(model, data, skeleton)
+    if any(shape) or (budget is not None and budget.latency is not None):
+        network = timed_at(network, loaders, *shape)
     check_network(network)
     sites = discover(network)
     whole = explain == ALL and all(site.name != ALL for site in sites.layers)

@@ -11,21 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lamina.errors import FileError, InfeasibleError, LaminaError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lamina.artifact import Package
-    from lamina.measure.stats import Stats
-    from lamina.network.sites import Site, Sites
-    from lamina.network.source import Network
-    from lamina.plan import Candidates
-
-SMALL_ERROR = 0.01  # [nats per sample] what `inspect --data` calls harmless for one site
-WIDEST = 2048  # side of a matrix up to which `inspect` looks at singular values
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -101,125 +89,6 @@ def _lines() -> Callable[[str, int, int, str], None]:
     return watch
 
 
-def show_sites(
-    network: Network,
-    sites: Sites,
-    stats: Stats | None = None,
-    candidates: Candidates | None = None,
-) -> None:
-    """Print what can be compressed and how well, and what was refused and why."""
-    from lamina.methods.base import registry, weights_of
-
-    head = ["site", "op", "methods", "shape", "params", "macs", "zeros", "rank"]
-    head += ["bytes", f"at {SMALL_ERROR} nats"] if candidates and stats and stats.samples else []
-    rows = []
-    for site in sites.layers:
-        weight = weights_of(network, site)["weight"]
-        serve = " ".join(name for name, m in registry().items() if not m.refuse(site))
-        row = [site.name, site.op, serve, "x".join(map(str, site.shape)) or "scalar"]
-        row += [f"{weight.numel():,}", f"{site.macs:,.0f}", *hints(site, weight)]
-        if candidates and stats and stats.samples:
-            offers = candidates[site.name]
-            harmless = [c.cost.bits / 8 for c in offers if c.error <= SMALL_ERROR]
-            row += [f"{weight.numel() * weight.element_size():,}", f"{min(harmless):,.0f}"]
-        rows.append(row)
-    print_table(head, rows, left=3)
-    show_spans(sites, stats, candidates)
-    families = f"{len(sites.families)} families, " if sites.families else ""
-    say(f"\n{network.name}: {len(sites.layers)} layers, {len(sites.chains)} chains, "
-        f"{families}{len(sites.rest)} other tensors (kept exactly)")  # fmt: skip
-    if not sites.traced:
-        say("its data flow could not be traced; layers are found by hooks, chains are not")
-    say("rank: directions that hold 90 % of the weight's energy, of all it has")
-    for refusal in sites.refusals:
-        say(f"refused: {refusal.where}: {refusal.what}: {refusal.why}")
-    for name, method, why in _refused_spans(sites):
-        say(f"refused: {name}: {method}: {why}")
-
-
-def show_spans(
-    sites: Sites, stats: Stats | None = None, candidates: Candidates | None = None
-) -> None:
-    """Print the chains and families there are, and the parts of them that methods could take."""
-    from lamina.plan.alternatives import held
-    from lamina.plan.spans import find_spans
-
-    taken = {span.site.name: span for span in find_spans(sites)}
-    whole = {site.name: site for site in (*sites.chains, *sites.families)}
-    order = {site.name: i for i, site in enumerate(sites.layers)}
-    every = whole | {name: span.site for name, span in taken.items()}
-    timed = bool(candidates and stats and stats.samples)
-    rows = []
-    for name, site in sorted(every.items(), key=lambda item: order[item[1].members[0]]):
-        methods = " ".join(m.name for m in taken[name].methods) if name in taken else ""
-        row = [name, site.kind, methods, held(site).partition(" of ")[2]]
-        if timed and candidates:
-            harmless = [c.cost.bits / 8 for c in candidates.get(name, ()) if c.error <= SMALL_ERROR]
-            row += [f"{min(harmless):,.0f}" if harmless else ""]
-        rows.append(row)
-    if rows:
-        say("")
-        head = ["span", "kind", "methods", "holds"] + (["at " + f"{SMALL_ERROR} nats"] * timed)
-        print_table(head, rows, left=4)
-
-
-def _refused_spans(sites: Sites) -> list[tuple[str, str, str]]:
-    from lamina.plan.spans import span_refusals
-
-    return list(dict.fromkeys(span_refusals(sites)))
-
-
-def hints(site: Site, weight: Tensor) -> tuple[str, str]:
-    """Return the share of exact zeros, and how many singular values hold 90 % of the energy.
-
-    Example:
-        >>> import torch
-        >>> from lamina.network.sites import Site
-        >>> hints(Site("fc", shape=(4, 4)), torch.diag(torch.tensor([9.0, 1.0, 0.0, 0.0])))
-        ('88%', '1/4')
-    """
-    import torch
-
-    from lamina.network.sites import as_matrix
-
-    if not weight.numel():
-        return "", ""
-    zeros = f"{100 * float((weight == 0).double().mean()):.0f}%"
-    if weight.dim() < 2 or not weight.is_floating_point():
-        return zeros, ""
-    matrices = as_matrix(site, weight.detach()).float().cpu()
-    if min(matrices.shape[-2:]) > WIDEST:
-        return zeros, ""
-    energy = torch.linalg.svdvals(matrices).square().cumsum(-1)
-    ranks = (energy < 0.9 * energy[:, -1:]).sum(-1) + 1
-    return zeros, f"{float(ranks.double().mean()):.0f}/{energy.shape[-1]}"
-
-
-def show_package(path: str, package: Package) -> None:
-    """Print what a `.lamina` file holds and what each part takes, without building its network."""
-    rows = []
-    for part, size in package.ledger.items():
-        record = package.records.get(part)
-        row = ["", "", "", f"{size:,}", "", f"{100 * size / package.size:.1f}%"]
-        if record is not None:
-            row[:3] = ["x".join(map(str, record.shape)) or "scalar", record.form, record.codec]
-            row[4] = f"{8 * size / record.elements:.3f}" if record.elements else ""
-        rows.append([part, *row])
-    weights = sum(record.elements for record in package.records.values())
-    bits = f"{8 * package.size / weights:.3f}" if weights else ""
-    total = ["total", "", "", "", f"{package.size:,}", bits, "100.0%"]
-    head = ["tensor", "shape", "form", "codec", "bytes", "bits/weight", "share"]
-    print_table(head, [*rows, total], left=4)
-    say(f"\n{path}: skeleton {package.skeleton}, written by lamina {package.by}")
-    if package.box:
-        say(f"equal to what it was made of for inputs in {package.box}")
-    for edit in package.edits:
-        inside = ", ".join(f"{k}={v}" for k, v in edit.settings.items())
-        say(f"edit: {edit.path} -> {edit.form}({inside})")
-    for site, chain in package.plan.items():
-        say(f"plan: {site}: {chain}")
-
-
 def show_methods() -> None:
     """Print every method in a line."""
     from lamina.methods.base import registry, spanning
@@ -242,10 +111,12 @@ def card_of(method: Any) -> str:
 def origin_of(model: str) -> str:
     """Return what names the original of a MODEL: for a zoo network's file its zoo name."""
     from lamina import artifact
+    from lamina.network.small_folders import small_file
 
-    if not model.endswith(".lamina"):
+    file = small_file(model)
+    if file is None:
         return model
-    kind, _, name = artifact.read(model).skeleton.partition(":")
+    kind, _, name = artifact.read(file).skeleton.partition(":")
     if kind != "zoo":
         raise FileError("the file's original is not known", model, "", "give --against MODEL")
     return name

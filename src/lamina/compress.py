@@ -19,7 +19,7 @@ from lamina.measure.stats import Stats
 from lamina.network.discover import discover
 from lamina.network.load import check_network
 from lamina.network.sites import Sites
-from lamina.opening import load, open_model, save, with_example
+from lamina.opening import load, open_model, save, with_example, with_timed_example
 from lamina.plan import Budget, Plan
 from lamina.plan.apply import check_fits, check_made_for
 from lamina.plan.chains import choose_methods
@@ -112,7 +112,9 @@ def compress(
         data: None (data-free), an iterable of batches, an object with `train`, `calibration` and
             `validation` loaders, or the name of a data set.
         budget: a `Budget`, or a size such as `"2%"`, `"4MB"` or `"12x"`.
-        example_inputs: inputs of one forward pass; may be left out where data gives a batch.
+        example_inputs: inputs of one forward pass, a tuple or a mapping by name; may be left out
+            where data gives a batch. A latency is that of one forward pass on them; of a pretrained
+            model without data it is that of one sample (of 128 tokens).
         methods: names of the methods to choose from; default: all.
         recover: `"auto"`, None (never train), a number of epochs, a `Recovery`, or its settings as
             text, `"epochs=2,parts=scales"`.
@@ -219,7 +221,7 @@ def compress(
             metric=metric_of(way), samples=stats.samples, seed=way.seed, limit=limit,
             history=recovered.history if recovered else None,
             recovery=vars(way.recovery) if recovered and way.recovery else None,
-            candidates=candidates, base=way.base,
+            candidates=candidates, base=way.base, methods=way.methods,
         )  # fmt: skip
         facts = judged(way, facts, final.model)
     made = Report({**facts, "notes": [*facts["notes"], *way.notes], "stages": way.stages})
@@ -341,6 +343,8 @@ def _begin(
         raise DataError("max_drop needs validation data", "data.validation", "", "give some")
     if example_inputs is None and loaders is not None:
         network = with_example(network, loaders)
+    if limits.latency is not None and example_inputs is None and loaders is None:
+        network = with_timed_example(network)
     if limits.latency is not None and plan is None:
         check_timed(network)
     return Way(

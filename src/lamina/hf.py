@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from lamina.errors import FileError, MissingExtraError, NetworkError
-from lamina.exporting.folders import FORMAT, METHOD, SMALL
+from lamina.errors import MissingExtraError, NetworkError
 from lamina.exporting.small import Small
-
-KEYS = {"quant_method", "format", "by"}
+from lamina.network.small_folders import METHOD, SMALL, check_told
 
 
 def register() -> None:
@@ -121,28 +119,6 @@ def register() -> None:
 
     auto.register_quantization_config(METHOD)(LaminaConfig)
     auto.register_quantizer(METHOD)(LaminaQuantizer)
-
-
-def check_told(told: dict[str, Any]) -> None:
-    """Refuse a `quantization_config` that is none of ours.
-
-    Raises:
-        FileError: it says more than a folder of ours does, or is of a later version.
-    """
-    strange = sorted(str(key) for key in set(told) - KEYS)
-    if strange:
-        raise FileError(
-            "unknown settings of lamina", f"quantization_config: {', '.join(strange)}"[:200], "",
-            f"it has {', '.join(sorted(KEYS))}",
-        )  # fmt: skip
-    version = told.get("format")
-    if type(version) is not int or version != FORMAT:
-        raise FileError(
-            "unknown format of a folder", f"quantization_config: {version!r}"[:200],
-            f"this reads {FORMAT}", "update lamina",
-        )  # fmt: skip
-    if not isinstance(told.get("by", ""), str):
-        raise FileError("unknown settings of lamina", "quantization_config: by is no text")
 
 
 register()

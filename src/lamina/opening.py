@@ -12,8 +12,11 @@ from torch import nn
 
 from lamina import artifact
 from lamina.data import Data, inputs_of
-from lamina.errors import FileError, NetworkError
-from lamina.network.load import open_network
+from lamina.errors import BudgetError, DataError, FileError, NetworkError
+from lamina.measure.bench import shape_of, shaped
+from lamina.measure.clock import check_timed, record_calls
+from lamina.network.examples import TIMED, example_of, is_drawn
+from lamina.network.load import inputs_given, open_network
 from lamina.network.pretrained import (
     PREFIX,
     build_pretrained,
@@ -23,6 +26,7 @@ from lamina.network.pretrained import (
     open_folder,
     open_gguf,
 )
+from lamina.network.small_folders import small_file
 from lamina.network.source import Network
 from lamina.run import write_atomic
 
@@ -34,7 +38,8 @@ def open_model(
 
     Args:
         model: see `compress`.
-        example_inputs: inputs of one forward pass; wins over what the model brings along.
+        example_inputs: inputs of one forward pass, a tuple or a mapping; wins over what the model
+            brings along.
         data: gives example inputs where there are none.
         skeleton: what a `.lamina` file of a network of one's own is put into: a module, a
             Network or `"file.py:function"`.
@@ -47,27 +52,58 @@ def open_model(
 
     if isinstance(model, str) and model in names():
         network = zoo(model)
-    elif isinstance(model, (str, Path)) and str(model).endswith(".lamina"):
-        package = artifact.read(model)
-        made = open_network(skeleton) if skeleton is not None else None
-        network = made or replace(_skeleton(package, str(model)), source=package.skeleton)
-        # What is made of this network is rebuilt from the same skeleton, through the same edits.
-        restored = artifact.restore(package, network.module)
-        network = replace(network, module=restored, edits=tuple(package.edits), box=package.box)
+    elif isinstance(model, (str, Path)) and (file := small_file(model)) is not None:
+        network = _reopened(file, skeleton)
+        if file != Path(model):  # the folder's tokenizer is the network's
+            network = replace(network, folder=str(model), name=Path(model).resolve().name)
     elif isinstance(model, (str, Path)) and is_folder(model):
         network = open_folder(model)
     elif isinstance(model, (str, Path)) and is_gguf(model):
         network = open_gguf(model)
-    elif isinstance(model, str) and ".py" not in model:
-        raise NetworkError(
-            "unknown network", repr(model), f"the zoo has {', '.join(names())}",
-            "give a zoo name, a Hugging Face folder, file.py:function or a .lamina file",
-        )  # fmt: skip
+    elif isinstance(model, (str, Path)) and ".py" not in str(model):
+        raise _unknown(str(model), names())
     else:
         network = open_network(model, example_inputs)
     if example_inputs is not None:
-        network = replace(network, example_inputs=tuple(example_inputs))
+        args, kwargs = inputs_given(example_inputs)
+        network = replace(network, example_inputs=args, example_kwargs=kwargs)
     return network if data is None else with_example(network, data)
+
+
+def _unknown(model: str, zoo: Sequence[str]) -> NetworkError:
+    """Return what is wrong with a name that stands for nothing."""
+    path = Path(model)
+    if path.is_dir():
+        held = ", ".join(sorted(inside.name for inside in path.iterdir())[:4])
+        return NetworkError(
+            "not a Hugging Face folder", model,
+            f"it has no config.json, but {held}" if held else "it is empty",
+            "name the folder that save_pretrained wrote",
+        )  # fmt: skip
+    if path.is_file():
+        return NetworkError(
+            "a file of weights alone says not which network they are of", model, "",
+            "name the Hugging Face folder it lies in, or file.py:function",
+        )  # fmt: skip
+    if "/" in model or "\\" in model:
+        return NetworkError("no such file or folder", model, "", "check the path")
+    return NetworkError(
+        "unknown network", repr(model), f"the zoo has {', '.join(zoo)}",
+        "give a zoo name, a Hugging Face folder, file.py:function or a .lamina file",
+    )  # fmt: skip
+
+
+def _reopened(file: Path, skeleton: Any) -> Network:
+    """Open a `.lamina` file as a network that can be compressed again."""
+    package = artifact.read(file)
+    made = open_network(skeleton) if skeleton is not None else None
+    network = made or replace(_skeleton(package, str(file)), source=package.skeleton)
+    # What is made of this network is rebuilt from the same skeleton, through the same edits.
+    restored = artifact.restore(package, network.module)
+    return replace(
+        network, module=restored, edits=tuple(package.edits), box=package.box,
+        packed_bytes=package.size,
+    )  # fmt: skip
 
 
 def with_example(network: Network, data: Data) -> Network:
@@ -77,6 +113,45 @@ def with_example(network: Network, data: Data) -> Network:
     """
     bare = not network.example_inputs and not network.example_kwargs
     return replace(network, **_example(data)) if bare or network.task else network
+
+
+def with_timed_example(network: Network) -> Network:
+    """Return a network whose example is what a time should be of.
+
+    A pretrained model's own example is drawn at random, two samples of a few tokens, which is
+    enough to find its layers; a time is that of one sample, of 128 tokens where it reads text.
+    """
+    if not network.task or not is_drawn(network.module, network.example_kwargs):
+        return network
+    return replace(network, example_kwargs=example_of(network.module, 1, TIMED))
+
+
+def with_shape(network: Network, batch: int = 0, tokens: int = 0) -> Network:
+    """Return a network with so many samples, of so many tokens each, as its example.
+
+    Args:
+        network: with example inputs.
+        batch, tokens: 0: as they are; where tokens are told all of them count, none is padding.
+
+    Raises:
+        BudgetError: there are no example inputs.
+        DataError: they hold no tokens, or the network does not take so many.
+    """
+    if not batch and not tokens:
+        return network
+    check_timed(network)
+    made = shaped(network, batch, tokens)
+    masks = [name for name in made.example_kwargs if tokens and name.endswith("attention_mask")]
+    whole = {name: torch.ones_like(made.example_kwargs[name]) for name in masks}
+    made = replace(made, example_kwargs={**made.example_kwargs, **whole})
+    try:
+        record_calls(made, ())
+    except BudgetError as error:
+        raise DataError(
+            "the network does not take inputs of this shape", shape_of(made), error.why,
+            "give fewer --tokens, or another --batch",
+        ) from error  # fmt: skip
+    return made
 
 
 def _example(data: Data) -> dict[str, Any]:
@@ -124,7 +199,7 @@ def load(
     """Open a `.lamina` file as a plain `nn.Module` in evaluation mode.
 
     Args:
-        path: the file.
+        path: the file, or a folder that keeps one (`lamina export --to lamina-hf`).
         skeleton: a module of the class the file was made from; filled in place and returned. Zoo
             networks rebuild themselves. One built under `torch.device("meta")` costs no time for
             values that are overwritten anyway; it is filled on the CPU.
@@ -135,7 +210,7 @@ def load(
     """
     from lamina.zoo import build, names
 
-    package = artifact.read(path)
+    package = artifact.read(small_file(path) or path)
     kind, _, name = package.skeleton.partition(":")
     if skeleton is None and kind == "zoo" and name in names():
         skeleton = build(name)

@@ -14,6 +14,7 @@ import torch
 
 from lamina import artifact
 from lamina.data import Data, inputs_of, labels_of
+from lamina.measure.bench import shape_of
 from lamina.measure.calibrate import calibrate
 from lamina.measure.clock import Timer, check_timed, inputs_key, machine_key
 from lamina.measure.latency import LatencyTable, measure_table, structure_key
@@ -215,7 +216,7 @@ def clocked(way: Way, sites: Sites, candidates: Candidates) -> Candidates:
         count = sum(len(g) for _, g in (*given.values(), *spans.values()))
         places = f"{len(given)} layers" + (f" and {len(spans)} spans of layers" if spans else "")
         way.notes.append(
-            f"Latency: {count} structures for {places} were timed at the example inputs "
+            f"Latency: {count} structures for {places} were timed at {shape_of(way.network)} "
             f"({way.threads} thread{'s' * (way.threads > 1)}); {dropped} are not faster than the "
             f"layer they replace and were dropped, {way.table.missed} of them untimed."
         )
@@ -351,20 +352,25 @@ def packed(edited: Edited, chosen: Plan) -> bytes:
 def keeps_applied(
     way: Way, chosen: Plan, edited: Edited, recovered: Recovered, limit: float | None
 ) -> bool:
-    """Whether the network before training keeps to the budget and is better on validation data."""
-    if way.data is None or way.data.validation is None:
+    """Whether the network before training keeps to the budget and is better on validation data.
+
+    Where there is none, calibration data show whether the tuning of what is small has gone astray.
+    """
+    if way.data is None:
         return False
-    if limit is not None and len(packed(edited, chosen)) > limit:
+    seen, kind = way.data.validation, "validation"
+    if seen is None and way.recovery is not None and way.recovery.parts == "scales":
+        seen, kind = way.data.calibration, "calibration"
+    if seen is None or (limit is not None and len(packed(edited, chosen)) > limit):
         return False
     metric = metric_named(metric_of(way))
     before, after = (
-        evaluate(e.model, way.data.validation, metric, original=way.network)
-        for e in (edited, recovered.edited)
+        evaluate(e.model, seen, metric, original=way.network) for e in (edited, recovered.edited)
     )
     if metric.drop(before, after) <= 0:
         return False
     way.notes.append(
-        f"Training was thrown away: on validation data it gave {after:.2f}, "
-        f"and the plan as applied, which fits as well, {before:.2f} ({metric.name})."
+        f"Training was thrown away: on {kind} data it gave {after:.4g}, "
+        f"and the plan as applied, which fits as well, {before:.4g} ({metric.name})."
     )
     return True

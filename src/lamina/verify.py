@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lamina.errors import BudgetError, InfeasibleError
+from lamina.measure.bench import tokens_of
 from lamina.measure.latency import measure_ratio, reshaped
 from lamina.measure.stats import Stats
 from lamina.methods.base import Candidate, spanning
@@ -350,7 +351,7 @@ def judged(way: Way, facts: dict[str, Any], final: nn.Module) -> dict[str, Any]:
     found = {
         "before_s": whole, "after_s": ratio * whole, "ratio": 1 / ratio,
         "batch": batch_size(way.network.example_inputs, way.network.example_kwargs),
-        "threads": way.threads,
+        "tokens": tokens_of(way.network), "threads": way.threads,
     }  # fmt: skip
     if not met:
         way.notes.append(

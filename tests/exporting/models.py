@@ -17,17 +17,17 @@ SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id":
 TOKENS = torch.arange(24).reshape(2, 12) + 5
 
 
-def tiny(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return a random network of a class of transformers, and inputs for it."""
+def tiny(name: str, layers: int = 2) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a random network of a class of transformers, and inputs for it; T5 has one layer."""
     import transformers as t
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     wide = {**shape, "intermediate_size": 64}
     text = {**wide, "vocab_size": 100, "max_position_embeddings": 32}
     ids = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
     torch.manual_seed(0)
     if name == "GPT2LMHeadModel":
-        sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 32}
+        sizes = {"n_layer": layers, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 32}
         module = t.GPT2LMHeadModel(t.GPT2Config(**sizes, **SPECIAL))
     elif name == "LlamaForCausalLM":
         module = t.LlamaForCausalLM(t.LlamaConfig(**text, **SPECIAL))

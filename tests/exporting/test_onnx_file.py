@@ -39,11 +39,11 @@ def test_networks_of_transformers_give_the_same_at_every_length(tmp_path: Path, 
 
     from lamina.network.pretrained import described
 
-    module, inputs = tiny(name)
+    module, inputs = tiny(name, layers=1)
     network = replace(described(module), example_kwargs=inputs)
     assert network.task == TASKS[name]
     written = write_onnx(network, tmp_path / "net.onnx")
-    assert written.error < 1e-5 and written.layers > 4 and written.integers == 0
+    assert written.error < 1e-5 and written.layers >= 4 and written.integers == 0
     ends = 1 if name.startswith("ViT") else 2
     wanted = {f"{n}[{at}]" for n in written.inputs for at in range(ends)}
     assert set(written.dynamic) == wanted

@@ -26,6 +26,7 @@ from lamina.plan.curves import POINTS
 from lamina.report import Report, collect
 from lamina.report.collect import ledger_of, owner, owners_of
 from lamina.report.document import NEEDED, OPTIONAL, check
+from lamina.report.owners import asked_for
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +289,22 @@ def test_a_tensor_named_like_a_part_of_the_file() -> None:
     file = artifact.pack(Odd(), (), "module", {})
     rows = ledger_of(artifact.unpack(file), {})
     assert sum(row["bytes"] for row in rows) == len(file)
+
+
+def test_only_methods_that_were_asked_are_said_to_refuse(factored: Run) -> None:
+    def said(**more: Any) -> set[str]:
+        return {n.split()[0] for n in factored.facts(**more)["notes"] if "does not serve" in n}
+
+    every = {"candidates": factored.candidates}
+    assert said(**every, methods=["alds", "int8", "rdoq"]) >= {"int8"}  # it takes no convolution
+    assert said(**every, methods=["alds", "rdoq"]) <= {"alds", "rdoq"}
+    assert not said(**every) & {"int8", "bf16", "sawb", "two_four"}
+    assert said() <= {"alds", "rdoq"}  # the plan was given, and takes these
+
+
+def test_methods_that_save_time_are_asked_where_time_is_limited(factored: Run) -> None:
+    timed = replace(factored.plan, budget=Budget(latency="50%").to_json())
+    names = {m.name for m in asked_for(timed, None, True)[0]}
+    assert {"int8", "keep"} <= names and not names & {"rdoq", "sawb"}
+    assert [m.name for m in asked_for(timed, ["alds", "rdoq"], True)[0]] == ["keep", "alds"]
+    assert asked_for(timed, ["alds"], True)[1] == []

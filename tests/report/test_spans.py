@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from lamina.forms import Edit, Plain, install
 from lamina.forms.tied import index_of
 from lamina.measure.cost import measured_params
 from lamina.measure.stats import Cost
-from lamina.methods.base import Step
+from lamina.methods.base import Step, spanning
 from lamina.network.discover import discover
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
@@ -25,7 +25,7 @@ from lamina.report import Report, collect
 from lamina.report.compare import installed
 from lamina.report.document import NEEDED, OPTIONAL, check
 from lamina.report.measured import own_edits
-from lamina.report.owners import owners_of, spans_of
+from lamina.report.owners import asked_for, owners_of, refused_by, spans_of
 from lamina.report.section import own_rows
 from lamina.report.sections import sections
 
@@ -186,9 +186,24 @@ def test_every_page_shows_it(run: Run) -> None:
         assert GONE in text
 
 
-def test_refusals_of_spanning_methods_are_notes(run: Run) -> None:
-    notes = [note for note in run.facts["notes"] if "spans (first" in note]
-    from lamina.plan.spans import span_refusals
+class Picky:
+    """A method that looks at every chain and family, and takes none."""
 
-    methods = {method for _, method, _ in span_refusals(run.sites)}
-    assert {note.split()[0] for note in notes} == methods
+    name = "picky"
+
+    def places(self, sites: Sites) -> list[Site]:
+        return [*sites.chains, *sites.families]
+
+    def refuse(self, site: Site) -> str:
+        return f"a {site.kind} is not to its taste"
+
+
+def test_refusals_of_spanning_methods_that_were_asked_are_notes(run: Run) -> None:
+    count = len(run.sites.chains) + len(run.sites.families)
+    (note,) = refused_by(run.sites, [], [cast(Any, Picky())])
+    assert note.startswith(f"picky does not serve {count} of {count} spans (first ")
+    assert "is not to its taste" in note and refused_by(run.sites, [], []) == []
+    asked = asked_for(run.plan, None, True)[1]
+    assert asked == list(spanning().values()) and asked_for(run.plan, ["alds"], True)[1] == []
+    taken = [method.name for method in asked_for(run.plan, None, False)[1]]
+    assert taken == ["layer_collapse", "layer_fusion"]

@@ -9,6 +9,7 @@ from lamina import artifact
 from lamina.errors import FileError
 from lamina.exporting.folders import write_dense_folder, write_small_folder
 from lamina.exporting.onnx_file import Written, write_onnx
+from lamina.network.small_folders import small_file
 
 __all__ = ["FORMATS", "Written", "export", "write_dense_folder", "write_onnx", "write_small_folder"]
 FORMATS = ("safetensors", "pt", "hf", "lamina-hf", "onnx")
@@ -23,7 +24,7 @@ def export(
     """Write a `.lamina` file in another format, whole or not at all; return what to say of it.
 
     Args:
-        file: the `.lamina` file.
+        file: the `.lamina` file, or a folder that keeps one (`--to lamina-hf`).
         out: the file to write; of `hf` and `lamina-hf` the folder, which is new or empty.
         to: `"safetensors"` or `"pt"` (dense tensors by the names of the compressed network), `"hf"`
             (a folder that transformers opens without Lamina), `"lamina-hf"` (a folder that keeps
@@ -48,13 +49,16 @@ def export(
             raise FileError(f"--{name} has no meaning here", f"--to {to}", why, "leave it out")
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise FileError("cannot read the tolerance", str(tolerance), "it is a positive number")
+    given_file, file = Path(file), small_file(file) or file
+    if like is None and to in MEANT_FOR["like"] and given_file.is_dir():
+        like = given_file  # what lies in the folder besides belongs to the model
     if to in ("safetensors", "pt"):
         return artifact.summary(artifact.decompress(file, out, to), out)
     if to == "onnx":
         from lamina.opening import open_model
 
         return write_onnx(
-            open_model(file, skeleton=skeleton), out, int8=int8, tolerance=tolerance
+            open_model(given_file, skeleton=skeleton), out, int8=int8, tolerance=tolerance
         ).line()
     package = artifact.read(file)
     if to == "hf":

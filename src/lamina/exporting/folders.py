@@ -21,11 +21,9 @@ from lamina.artifact import Package
 from lamina.artifact.records import Record
 from lamina.errors import FileError, NetworkError, RunError
 from lamina.network.skeletons import PREFIX, build_pretrained
-from lamina.run import write_atomic
+from lamina.network.small_folders import FORMAT, METHOD, SMALL
+from lamina.run import umask, write_atomic
 
-METHOD = "lamina"  # what `quantization_config` names
-SMALL = "lamina.safetensors"  # not `model.safetensors`: without our import, loading has to fail
-FORMAT = 1  # of the folder
 NEUTRAL = ("tie", "layout", "int8", "bf16")  # edits that leave every tensor as it was
 BESIDE = (  # what belongs to a model besides its weights, and is no code
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -123,7 +121,7 @@ def whole_folder(out: str | Path, like: str | Path | None = None) -> Iterator[Pa
         yield made
         if like is not None:
             _copy_beside(Path(like), made)
-        made.chmod(0o777 & ~_mask())
+        made.chmod(0o777 & ~umask())
         os.replace(made, path)
         made = None
     except OSError as error:
@@ -132,12 +130,6 @@ def whole_folder(out: str | Path, like: str | Path | None = None) -> Iterator[Pa
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
-
-
-def _mask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _copy_beside(like: Path, folder: Path) -> None:

@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from lamina.errors import MissingExtraError, NetworkError, RunError
-from lamina.exporting.checking import Named, compare, names_of, others, outputs_of, split
+from lamina.exporting.checking import (
+    Compared,
+    Named,
+    compare,
+    names_of,
+    others,
+    outputs_of,
+    split,
+    varied,
+)
 from lamina.exporting.integer_products import (
     Weight,
     in_integers,
@@ -26,6 +35,7 @@ from lamina.exporting.integer_products import (
     weights_of,
 )
 from lamina.forms.half import SHORT, Half
+from lamina.forms.input_quantized import InputQuantized
 from lamina.forms.integer import Integer
 from lamina.network.isolate import one_line
 from lamina.network.source import Network
@@ -44,7 +54,8 @@ class Written:
     Args:
         path: the file.
         size: with the data beside it, if it has any [bytes].
-        error: `|onnx - torch| / |torch|`, lengths as vectors, of the worst output.
+        error: `|onnx - torch| / |torch|`, lengths as vectors, of the worst output; of a network
+            that rounds what its layers are given, of the middle sample.
         largest: the largest absolute difference.
         tolerance: what `error` may be at most.
         integers: how many layers multiply integers.
@@ -113,11 +124,12 @@ def write_onnx(
         proto, names = _export(plain, inputs, network)
         layers = weights_of(plain)
         chosen = dict(layers) if int8 else weights if int8 is None else {}
-        found = tables_of(plain).values()
-        tables = list(found) if int8 else []
+        known = tables_of(plain).values()
+        tables = list(known) if int8 else []
         if int8 is None and chosen:  # where it costs nothing
-            tables = [t for t in found if quantized(t).exact]
+            tables = [t for t in known if quantized(t).exact]
         proto, count = in_integers(proto, chosen.values(), tables) if chosen else (proto, 0)
+    rounds = any(isinstance(m, InputQuantized) for m in network.module.modules())
     wide = any(
         isinstance(m, Half) or any(p.dtype in HALVES for p in m.parameters(False))
         for m in network.module.modules()
@@ -126,23 +138,38 @@ def write_onnx(
         tolerance = INTEGER_TOLERANCE if count else HALF_TOLERANCE if wide else TOLERANCE
     free = tuple(_free(proto))
     feeds = [inputs, *others(inputs, free)]
+    if rounds and any("[0]" in name for name in free):
+        feeds.append(varied(inputs))
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         made = _saved(onnx, proto, Path(folder), path.name)
-        error, largest = compare(made[0], network, feeds)
-        if not error <= tolerance:
+        found = compare(made[0], network, feeds, tolerance, rounds)
+        if not found.error <= tolerance:
             raise NetworkError(
                 "the ONNX file computes something else", str(path),
-                f"in onnxruntime the relative error is {error:.2e}, and {tolerance:.0e} is allowed",
+                f"in onnxruntime the relative error is {found.error:.2e}, and {tolerance:.0e} is "
+                "allowed",
                 "allow more with --tolerance" + (", or leave --int8 out" if count else ""),
             )  # fmt: skip
         for part in reversed(made):  # the file that names the other one comes last
             _move(part, path.with_name(part.name))
         size = sum(path.with_name(part.name).stat().st_size for part in made)
     return Written(
-        path, size, error, largest, tolerance, count, len(layers), free,
+        path, size, found.error, found.largest, tolerance, count, len(layers), free,
         tuple(i.name for i in proto.graph.input), names,
-        "half precision was written as float32" if wide else "",
+        "; ".join(_notes(wide, rounds, found)),
     )  # fmt: skip
+
+
+def _notes(wide: bool, rounds: bool, found: Compared) -> Iterator[str]:
+    if wide:
+        yield "half precision was written as float32"
+    if rounds:
+        yield (
+            "layers round what they are given: of a value on the edge between two integers the "
+            "last bit decides, there as in torch; "
+            f"{found.apart} of {found.samples} samples differed"
+            + (f", by a relative error of {found.worst:.2g} at most" if found.apart else "")
+        )
 
 
 def _import_onnx() -> Any:

@@ -117,7 +117,7 @@ def bench(
     return Bench(
         median(row[0] for row in rows), median(row[1] for row in rows), ratio,
         ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4], noise, len(rows), threads,
-        "process" if threads == 1 and device == "cpu" else "wall", size, _tokens(network), found,
+        "process" if threads == 1 and device == "cpu" else "wall", size, tokens_of(network), found,
     )  # fmt: skip
 
 
@@ -151,6 +151,31 @@ def shaped(network: Network, batch: int = 0, tokens: int = 0) -> Network:
     return replace(network, example_inputs=args, example_kwargs=kwargs)
 
 
+def tokens_of(network: Network) -> int:
+    """Return how many tokens a sample of a network's example inputs has; 0: it is no text."""
+    for name in TOKENS:
+        value = network.example_kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return int(value.shape[1])
+    return 0
+
+
+def shape_of(network: Network) -> str:
+    """Return in words what a network's example inputs are: samples, and tokens of each.
+
+    Example:
+        >>> shape_of(Network(nn.Identity(), (torch.zeros(1, 3),)))
+        'the example inputs, 1 sample'
+        >>> ids = torch.zeros(2, 128, dtype=torch.int64)
+        >>> shape_of(Network(nn.Identity(), example_kwargs={"input_ids": ids}))
+        'the example inputs, 2 x 128 tokens'
+    """
+    count = batch_size(tuple(network.example_inputs), network.example_kwargs)
+    tokens = tokens_of(network)
+    told = f"{count} x {tokens} tokens" if tokens else f"{count} sample{'s' * (count > 1)}"
+    return f"the example inputs, {told}"
+
+
 # --- its parts -----------------------------------------------------------------------------------
 
 
@@ -173,14 +198,6 @@ def _resized(value: Any, axis: int, length: int, counts: bool = False) -> Any:
         return line.expand(*value.shape[:axis], length).contiguous()
     index = torch.arange(length, device=value.device) % value.shape[axis]
     return value.index_select(axis, index)
-
-
-def _tokens(network: Network) -> int:
-    for name in TOKENS:
-        value = network.example_kwargs.get(name)
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return int(value.shape[1])
-    return 0
 
 
 def _layers(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 TOKENS = 16  # of an example input
+TIMED = 128  # of the one sample that a time is of
 SOUND = 8_000  # samples of an example waveform: half a second
 FRAMES = 64  # of an example spectrogram
 # Classes that end so give scores; what ends in Model alone gives features.
@@ -51,8 +52,14 @@ def loss_of(module: nn.Module) -> str:
     return "embedding" if known and task_of(module) == "features" else "features"
 
 
-def example_of(module: nn.Module) -> dict[str, Any]:
-    """Return a small batch of the inputs a `transformers` model takes, from a fixed seed."""
+def example_of(module: nn.Module, rows: int = 2, tokens: int = TOKENS) -> dict[str, Any]:
+    """Return a small batch of the inputs a `transformers` model takes, from a fixed seed.
+
+    Args:
+        module: the model.
+        rows: samples.
+        tokens: of a sample, where it reads text; at most half of what the model takes.
+    """
     config: Any = module.config
     main = _main_input(module)
     takes = inspect.signature(module.forward).parameters
@@ -60,17 +67,24 @@ def example_of(module: nn.Module) -> dict[str, Any]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     given: dict[str, Any] = {}
     if main == "input_ids":
-        ids = _tokens(config, draw)
+        ids = _tokens(config, draw, (rows, tokens))
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if main == "pixel_values" or _sees(config, takes):
-        given["pixel_values"] = torch.randn(_image_shape(module), generator=draw).to(dtype)
+        given["pixel_values"] = torch.randn(_image_shape(module, rows), generator=draw).to(dtype)
         if "input_ids" in takes and "input_ids" not in given:
-            given["input_ids"] = _tokens(config, draw)
+            given["input_ids"] = _tokens(config, draw, (rows, tokens))
     if main in ("input_features", "input_values"):
-        given[main] = torch.randn(_sound_shape(config, main), generator=draw).to(dtype)
+        shape = (rows, *_sound_shape(config, main))
+        given[main] = torch.randn(shape, generator=draw).to(dtype)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        given["decoder_input_ids"] = _tokens(config, draw)
+        given["decoder_input_ids"] = _tokens(config, draw, (rows, tokens))
     return given
+
+
+def is_drawn(module: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether inputs are those that `example_of` draws, not somebody's own."""
+    drawn = example_of(module)
+    return set(given) == set(drawn) and all(torch.equal(given[n], x) for n, x in drawn.items())
 
 
 def inner_configs(config: Any) -> list[Any]:
@@ -100,7 +114,7 @@ def _sees(config: Any, takes: Mapping[str, Any]) -> bool:
     return not any(isinstance(getattr(config, name, None), int) for name in marked)
 
 
-def _image_shape(module: nn.Module) -> tuple[int, ...]:
+def _image_shape(module: nn.Module, rows: int) -> tuple[int, ...]:
     config: Any = module.config
     side = setting(config, "image_size", 224)
     if isinstance(side, Mapping):
@@ -108,7 +122,7 @@ def _image_shape(module: nn.Module) -> tuple[int, ...]:
     high, wide = side if isinstance(side, (list, tuple)) else (side, side)
     image = int(setting(config, "num_channels", 3)), int(high), int(wide)
     frames = getattr(config, "num_frames", None)
-    return (2, int(frames), *image) if isinstance(frames, int) else (2, *image)
+    return (rows, int(frames), *image) if isinstance(frames, int) else (rows, *image)
 
 
 def _sound_shape(config: Any, main: str) -> tuple[int, ...]:
@@ -118,16 +132,16 @@ def _sound_shape(config: Any, main: str) -> tuple[int, ...]:
     if main == "input_features":
         for width in ("feature_projection_input_dim", "input_feat_per_channel"):
             if number(width):
-                return 2, FRAMES, number(width)
-        return 2, number("num_mel_bins") or 80, 2 * (number("max_source_positions") or 1500)
+                return FRAMES, number(width)
+        return number("num_mel_bins") or 80, 2 * (number("max_source_positions") or 1500)
     if number("num_mel_bins") and number("max_length"):
-        return 2, number("max_length"), number("num_mel_bins")
+        return number("max_length"), number("num_mel_bins")
     if number("audio_channels"):
-        return 2, number("audio_channels"), SOUND
-    return 2, SOUND
+        return number("audio_channels"), SOUND
+    return (SOUND,)
 
 
-def _tokens(config: Any, draw: torch.Generator) -> torch.Tensor:
+def _tokens(config: Any, draw: torch.Generator, shape: tuple[int, int]) -> torch.Tensor:
     most = int(setting(config, "max_position_embeddings", 512))
     size = int(setting(config, "vocab_size", 100))
     allowed = torch.ones(size, dtype=torch.bool)
@@ -137,5 +151,5 @@ def _tokens(config: Any, draw: torch.Generator) -> torch.Tensor:
             if name.endswith(("token_id", "token_index")) and isinstance(value, int):
                 allowed[value % size] = False
     ids = allowed.nonzero()[:, 0] if bool(allowed.any()) else torch.arange(size)
-    shape = (2, min(TOKENS, max(2, most // 2)))
+    shape = (shape[0], min(shape[1], max(2, most // 2)))
     return ids[torch.randint(0, len(ids), shape, generator=draw)]

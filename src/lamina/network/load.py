@@ -55,7 +55,7 @@ def open_network(
             "cannot open a network", type(model).__name__, "it is not an nn.Module", _ACCEPTED
         )
     if example_inputs is not None:
-        args, kwargs = _inputs(example_inputs)
+        args, kwargs = inputs_given(example_inputs)
         network = replace(network, example_inputs=args, example_kwargs=kwargs)
     return replace(network, name=name) if name else network
 
@@ -160,7 +160,8 @@ def _wrap(module: nn.Module, **fields: Any) -> Network:
     return Network(module, **{"name": type(module).__name__, **fields})
 
 
-def _inputs(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_given(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword inputs of a tensor, a sequence or a mapping of them."""
     if isinstance(given, Mapping):
         return (), dict(given)
     return (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
@@ -214,7 +215,7 @@ def _from_file(spec: str) -> Network:
     if isinstance(made, nn.Module):
         return _wrap(made, **fields)
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
-        args, kwargs = _inputs(made[1])
+        args, kwargs = inputs_given(made[1])
         return _wrap(made[0], example_inputs=args, example_kwargs=kwargs, **fields)
     raise NetworkError(
         "the function returned no network", spec, f"it returned a {type(made).__name__}",

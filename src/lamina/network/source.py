@@ -31,6 +31,7 @@ class Network:
         disk_bytes: what the files it was opened from take: the 100 % of a budget's size; 0: what
             its tensors take.
         known: its digest, where the module has no values to make one of (it is streamed).
+        packed_bytes: size of the `.lamina` file it was opened from; 0: it was not.
         box: for which inputs it equals what it was made of, `"low,high"` (of each channel,
             separated by semicolons); `""`: nothing was made of anything, or there is no limit.
 
@@ -52,6 +53,7 @@ class Network:
     task: str = ""
     folder: str = ""
     disk_bytes: int = 0
+    packed_bytes: int = 0
     known: str = ""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:

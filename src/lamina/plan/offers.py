@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina.measure.stats import Stats
-from lamina.methods.base import Candidate, Stage, registry
+from lamina.methods.base import Candidate, Method, Stage, registry
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan.chains import Progress, choose_methods, choose_spanning, propose_layers
@@ -41,12 +41,7 @@ def propose(
     Raises:
         MethodError: an unknown method.
     """
-    asked = choose_methods(methods)
-    quick = [m for m in registry().values() if seconds_count and getattr(m, "saves_time", False)]
-    if methods is None:
-        asked += [m for m in quick if m not in asked]
-    if not bytes_count:
-        asked = [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES or m in quick]
+    asked = asked_methods(methods, bytes_count, seconds_count)
     spans = find_spans(sites, choose_spanning(methods))
     count = len(sites.layers)
 
@@ -57,3 +52,26 @@ def propose(
 
     found = propose_layers(network, sites, stats, asked, told(0))
     return found | propose_spans(network, sites, stats, asked, spans, told(count))
+
+
+def asked_methods(
+    methods: Sequence[str] | None = None, bytes_count: bool = True, seconds_count: bool = False
+) -> list[Method]:
+    """Return the methods of layers that `propose` asks; arguments are its own.
+
+    Raises:
+        MethodError: an unknown method.
+
+    Example:
+        >>> "int8" in {method.name for method in asked_methods()}
+        False
+        >>> [method.name for method in asked_methods(["rdoq", "alds"], bytes_count=False)]
+        ['keep', 'alds']
+    """
+    asked = choose_methods(methods)
+    quick = [m for m in registry().values() if seconds_count and getattr(m, "saves_time", False)]
+    if methods is None:
+        asked += [m for m in quick if m not in asked]
+    if bytes_count:
+        return asked
+    return [m for m in asked if m.name == "keep" or m.stage < Stage.VALUES or m in quick]

@@ -23,7 +23,15 @@ from lamina.plan import Budget, Candidates, Edited, Plan
 from lamina.plan.curves import prices, report_curves
 from lamina.report.compare import measure_latency, measure_quality
 from lamina.report.measured import measure_errors
-from lamina.report.owners import ledger_of, owner, owners_of, refused_by, site_rows, spans_of
+from lamina.report.owners import (
+    asked_for,
+    ledger_of,
+    owner,
+    owners_of,
+    refused_by,
+    site_rows,
+    spans_of,
+)
 
 __all__ = ["collect", "ledger_of", "machine", "owner", "owners_of"]
 
@@ -48,6 +56,7 @@ def collect(
     recovery: Mapping[str, Any] | None = None,
     candidates: Candidates | None = None,
     base: Network | None = None,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measure what came of a compression and return it as facts; `Report` shows them.
 
@@ -65,6 +74,7 @@ def collect(
         history, recovery: of training; None where none was.
         candidates: what the plan chose from, for the curves of the layers; None: there are none.
         base: the network that the sites are of, where the plan begins with a rewriting.
+        methods: names of the methods that were to choose from; None: all.
 
     Raises:
         DataError: the metric cannot be measured.
@@ -139,7 +149,7 @@ def collect(
             "history": [dict(row) for row in history],
         },
         "stages": [],
-        "notes": notes + refused_by(sites),
+        "notes": notes + refused_by(sites, *asked_for(plan, methods, bool(candidates))),
     }
 
 
@@ -231,6 +241,13 @@ def _on_disk(network: Network) -> list[str]:
     """Say what sizes refer to, where the original was opened from files of another size."""
     seen = {(t.data_ptr(), tuple(t.shape)): t for t in network.module.state_dict().values()}
     size = sum(t.numel() * t.element_size() for t in seen.values())
+    if network.packed_bytes:
+        return [
+            f"Compressed before: opened from a .lamina file of {network.packed_bytes:,} bytes. "
+            f"Sizes and ratios refer to its tensors written out ({size / 1e6:.1f} MB), quality and "
+            "errors to the network in that file; what it had lost by then is not counted. Where "
+            "there is the original, compress that."
+        ]
     if not network.disk_bytes or abs(size / network.disk_bytes - 1) < 0.05:
         return []
     kind = "GGUF" if network.folder.endswith(".gguf") else "safetensors"

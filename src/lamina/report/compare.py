@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lamina.data import Data
 from lamina.errors import DataError, FileError
 from lamina.forms import Edit, find_tensor, install
+from lamina.measure.bench import tokens_of
 from lamina.measure.cost import latency
 from lamina.measure.forward import Batch, at_rest, batches, call
 from lamina.measure.loss import Loss, decide_loss, divergence
@@ -236,6 +237,7 @@ def measure_latency(network: Network, final: nn.Module) -> tuple[dict[str, Any] 
         "after_s": found["after"],
         "ratio": found["before"] / max(found["after"], 1e-12),
         "batch": 1,
+        "tokens": tokens_of(network),
         "rounds": rounds,
         "threads": 1,
     }, ""

@@ -7,12 +7,13 @@ from typing import Any
 
 from lamina.artifact import Package
 from lamina.forms import Edit
-from lamina.methods.base import registry, spanning, weights_of
+from lamina.methods.base import Method, Spanning, registry, spanning, weights_of
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan import Plan
 from lamina.plan.alternatives import held
-from lamina.plan.chains import refusals
+from lamina.plan.chains import choose_spanning, refusals
+from lamina.plan.offers import asked_methods
 from lamina.plan.spans import span_refusals
 
 
@@ -184,10 +185,38 @@ def _member(network: Network, site: Site, span: Site) -> dict[str, Any]:
     }
 
 
-def refused_by(sites: Sites) -> list[str]:
-    """Return one note per method that cannot serve some layers, or some spans of them."""
+def asked_for(
+    plan: Plan, methods: Sequence[str] | None, proposed: bool
+) -> tuple[list[Method], list[Spanning]]:
+    """Return the methods of layers, and those of spans, that a run had to do with.
+
+    Args:
+        plan: what was decided.
+        methods: names the user chose from; None: all that are asked unless told otherwise.
+        proposed: whether they were asked at all; where the plan was given, or made by a recipe,
+            those that it takes.
+    """
+    if not proposed:
+        taken = {step.method for decided in plan.sites.values() for step in decided.steps}
+        return (
+            [method for name, method in registry().items() if name in taken],
+            [method for name, method in spanning().items() if name in taken],
+        )
+    limits = plan.budget
+    counts = limits.get("size") is not None or limits.get("max_drop") is not None
+    asked = asked_methods(methods, counts, limits.get("latency") is not None)
+    return asked, choose_spanning(methods)
+
+
+def refused_by(sites: Sites, methods: Sequence[Method], spans: Sequence[Spanning]) -> list[str]:
+    """Return one note per method that cannot serve some layers, or some spans of them.
+
+    Args:
+        sites: all there are.
+        methods, spans: that were asked, see `asked_for`.
+    """
     found: dict[str, list[tuple[str, str]]] = {}
-    for site, method, why in refusals(sites, list(registry().values())):
+    for site, method, why in refusals(sites, methods):
         found.setdefault(method, []).append((site, why))
     count = len(sites.layers)
     said = [
@@ -195,10 +224,10 @@ def refused_by(sites: Sites) -> list[str]:
         for method, rows in sorted(found.items())
     ]
     over: dict[str, list[tuple[str, str]]] = {}
-    for site, method, why in span_refusals(sites):
+    for site, method, why in span_refusals(sites, spans):
         over.setdefault(method, []).append((site, why))
+    places = {method.name: len(list(method.places(sites))) for method in spans}
     for method, rows in sorted(over.items()):
-        whole = len(list(spanning()[method].places(sites)))
         first = f"first {rows[0][0]}: {rows[0][1]}"
-        said.append(f"{method} does not serve {len(rows)} of {whole} spans ({first})")
+        said.append(f"{method} does not serve {len(rows)} of {places[method]} spans ({first})")
     return said

@@ -135,7 +135,9 @@ def _limit(name: str) -> str:
 
 
 def _batch(took: Mapping[str, Any]) -> str:
-    count = took.get("batch") or 1
+    count, tokens = took.get("batch") or 1, took.get("tokens")
+    if tokens:
+        return f"latency, {count:,} x {tokens:,} tokens"
     return "latency, one sample" if count == 1 else f"latency, batch of {count:,}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lamina.errors import BudgetError, NetworkError
 from lamina.measure.memory import free_memory
 from lamina.network.shards import open_shards
+from lamina.network.small_folders import small_file
 from lamina.streaming.folder import Streamed, compress_folder
 
 __all__ = ["Streamed", "compress_folder", "free_memory", "refuse_beside", "why_stream"]
@@ -31,6 +32,7 @@ def why_stream(model: Any, stream: bool | None) -> str:
         NetworkError: streaming was asked for, and the model is not a folder with safetensors.
     """
     named = isinstance(model, (str, os.PathLike)) and (Path(model) / "config.json").is_file()
+    named = named and small_file(model) is None  # ours: as large as it will ever be in memory
     if stream is False or not (stream or named):
         return ""
     if not named:
