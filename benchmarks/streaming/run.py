@@ -1,11 +1,13 @@
 """Streaming: a folder of random weights, larger than the memory that may be used, to a file.
 
-    python benchmarks/streaming/run.py --gb 4 --out results.json
+    python benchmarks/streaming/run.py --gb 4 --out benchmarks/streaming/result.json
+    python benchmarks/streaming/run.py --gb 1.4 --samples 8 --out .../calibrated.json
 
 Makes a Llama of the wanted size in a temporary folder, shard by shard, compresses it in a process
 of its own (`lamina.compress(folder, budget, stream=True)`), and checks the file in another: every
 tensor is decoded, a few are compared with the original. Peak memory is the process's own
-`ru_maxrss` [MiB], imports and the writing of the file included.
+`ru_maxrss` [MiB], imports and the writing of the file included. With `--samples` it is calibrated,
+block by block, on so many samples of random tokens; else it is free of data.
 """
 
 from __future__ import annotations
@@ -30,9 +32,15 @@ import json, resource, sys, time
 start = time.perf_counter()
 import lamina
 from lamina.run import open_run
-folder, out, budget = sys.argv[1:4]
+folder, out, budget, samples, tokens, words = *sys.argv[1:4], *map(int, sys.argv[4:])
+data = None
+if samples:
+    import torch
+    torch.manual_seed(0)
+    ids = torch.randint(0, words, (samples, tokens))
+    data = [{"input_ids": i[None], "attention_mask": torch.ones_like(i[None])} for i in ids]
 with open_run(out) as run:
-    result = lamina.compress(folder, None, budget, stream=True, run=run)
+    result = lamina.compress(folder, data, budget, stream=True, run=run)
 facts = result.report.dict()
 use = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({
@@ -151,6 +159,8 @@ def main() -> None:
     ask.add_argument("--gb", type=float, default=0.2)
     ask.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     ask.add_argument("--size", default="12%")
+    ask.add_argument("--samples", type=int, default=0, help="that calibrate")
+    ask.add_argument("--tokens", type=int, default=128, help="of a sample")
     ask.add_argument("--out", type=Path)
     ask.add_argument("--folder", type=Path, help="Where the temporary folder is made.")
     given = ask.parse_args()
@@ -160,7 +170,9 @@ def main() -> None:
         start = time.perf_counter()
         facts = {"model": make_folder(model, given.gb, given.dtype), "budget": given.size}
         facts["made_s"] = round(time.perf_counter() - start, 1)
-        facts["compress"] = measured(COMPRESS, str(model), str(run), given.size)
+        facts["calibrated_on"] = {"samples": given.samples, "tokens": given.tokens}
+        told = (given.samples, given.tokens, WORDS)
+        facts["compress"] = measured(COMPRESS, str(model), str(run), given.size, *map(str, told))
         facts["check"] = measured(CHECK, str(model), str(run / "net.lamina"))
     text = json.dumps(facts, indent=1)
     print(text)

@@ -17,6 +17,7 @@ from lamina.data import Data, inputs_of, labels_of
 from lamina.measure.calibrate import calibrate
 from lamina.measure.clock import Timer, check_timed, inputs_key, machine_key
 from lamina.measure.latency import LatencyTable, measure_table, structure_key
+from lamina.measure.memory import give_back
 from lamina.measure.quality import evaluate, metric_named
 from lamina.measure.span_latency import measure_spans
 from lamina.measure.spectra import cached
@@ -99,6 +100,7 @@ class Way:
             self.watch(stage, 0, 0, "")
         start = time.perf_counter()
         yield note
+        give_back()
         note["seconds"] = round(time.perf_counter() - start, 3)
         self.stages.append(note)
         if self.watch:

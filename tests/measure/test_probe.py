@@ -9,7 +9,7 @@ from torch import nn
 from lamina.errors import LaminaError
 from lamina.measure.forward import Batch
 from lamina.measure.loss import Loss
-from lamina.measure.probe import Probe, measure_scale, probe_size
+from lamina.measure.probe import Probe, first_of, measure_scale, probe_size
 from lamina.measure.stats import LayerStats
 from lamina.network.sites import Site
 
@@ -70,3 +70,20 @@ def test_dear_networks_are_probed_on_fewer_samples() -> None:
     assert probe_size([SITE]) == 250
     dear = Site("big", shape=(10_000, 10_000), positions=1000)
     assert probe_size([dear] * 50) == 16
+    assert probe_size([dear] * 50, {}, 4) == 4  # samples of four predictions each
+    assert probe_size([dear] * 50, {}, 1000) == 1
+
+
+def test_what_data_really_costs_decides_on_how_many_samples() -> None:
+    one = torch.ones(1, 100, dtype=torch.float64)
+    site = Site("a", shape=(100, 100), positions=1)
+    long = {"a": LayerStats(one, one, None, positions=1e6)}
+    assert probe_size([site]) == 250 > probe_size([site], long) > 16
+
+
+def test_probes_are_cut_to_the_first_samples() -> None:
+    whole = torch.arange(10.0)[:, None]
+    probes = [Probe(Batch((part,), {}, None, len(part)), part) for part in whole.split(4)]
+    kept = first_of(probes, 6)
+    assert torch.equal(torch.cat([p.reference for p in kept]), whole[:6])
+    assert [p.batch.size for p in kept] == [4, 2] and first_of(probes, 0) == []

@@ -325,7 +325,7 @@ def test_a_stride_makes_the_first_layer_dear() -> None:
 
 def test_leaves_are_described_for_any_ranks() -> None:
     layer, shape = LAYERS["stride"]()
-    first, core, last = leaf_sites(site_of(layer, shape), 3, 2, True)
+    first, core, last = leaf_sites(site_of(layer, shape), 3, 2)
     assert (first.positions, core.positions, last.positions) == (56.0, 16.0, 16.0)
     assert (first.extent, core.extent, last.extent) == ((7, 8), (7, 8), (4, 4))
     assert (first.stride, core.stride, last.stride) == ((1, 1), (2, 2), (1, 1))

@@ -5,7 +5,12 @@ Table headers are a few bytes long, so plain Python is fast enough; payloads nev
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lamina.errors import FileError
+
+Ints = NDArray[np.int64]
 
 
 def golomb_bits(value: int, order: int) -> str:
@@ -20,9 +25,20 @@ def golomb_bits(value: int, order: int) -> str:
     return "0" * (head.bit_length() - 1) + format(head, "b") + tail
 
 
+def golomb_length(values: Ints, order: int) -> int:
+    """Return the bits of the exp-Golomb code words of values together."""
+    head = (values >> order) + 1
+    return int((2 * np.frexp(head.astype(np.float64))[1] - 1 + order).sum())
+
+
 def fold_sign(value: int) -> int:
     """Map 0, -1, 1, -2, 2 ... to 0, 1, 2, 3, 4 ..."""
     return 2 * value if value >= 0 else -2 * value - 1
+
+
+def fold_signs(values: Ints) -> Ints:
+    """Return `fold_sign` of each."""
+    return np.where(values >= 0, 2 * values, -2 * values - 1)
 
 
 def unfold_sign(value: int) -> int:

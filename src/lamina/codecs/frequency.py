@@ -18,15 +18,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lamina.codecs.bits import BitReader, fold_sign, golomb_bits, unfold_sign
+from lamina.codecs.bits import (
+    BitReader,
+    Ints,
+    fold_sign,
+    fold_signs,
+    golomb_bits,
+    golomb_length,
+    unfold_sign,
+)
 from lamina.errors import FileError
 
 PRECISIONS = (12, 13, 14)
 LARGEST_TABLE = 1 << PRECISIONS[-1]
 ORDERS = 12
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -76,26 +82,17 @@ def scale_weights(weights: Ints, precision: int) -> Ints:
     return scaled
 
 
-def _golomb_lengths(numbers: Ints, order: int) -> int:
-    head = (numbers >> order) + 1
-    return int((2 * np.frexp(head.astype(np.float64))[1] - 1 + order).sum())
-
-
-def _fold(numbers: Ints) -> Ints:
-    return np.where(numbers >= 0, 2 * numbers, -2 * numbers - 1)
-
-
 def _weight_numbers(weights: Ints, delta: bool) -> Ints:
     if not delta:
         return weights - 1
-    return _fold(np.diff(weights, prepend=0))
+    return fold_signs(np.diff(weights, prepend=0))
 
 
 def _best_order(numbers: Ints, orders: int = ORDERS) -> tuple[int, int]:
     """Return the cheapest exp-Golomb order and its bits; the cost has one valley in the order."""
     guess = max(int(numbers.mean()).bit_length() - 1, 0) if numbers.size else 0
     tried = range(max(guess - 2, 0), min(guess + 2, orders - 1) + 1) or (orders - 1,)
-    bits, order = min((_golomb_lengths(numbers, order), order) for order in tried)
+    bits, order = min((golomb_length(numbers, order), order) for order in tried)
     return order, bits
 
 

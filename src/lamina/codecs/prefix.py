@@ -26,14 +26,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.codecs.bits import BitReader, fold_sign, golomb_bits, unfold_sign
+from lamina.codecs.bits import (
+    BitReader,
+    Ints,
+    fold_sign,
+    fold_signs,
+    golomb_bits,
+    golomb_length,
+    unfold_sign,
+)
 from lamina.codecs.kernels import compiled
 from lamina.errors import FileError
 
 LONGEST = 16  # bits of a codeword: the decoder looks codewords up in a table of 2^longest
 HANDY = 12  # a table of 2^12 stays in the first-level cache; taken where it costs next to nothing
 CHUNK = 1 << 18  # symbols or bits that numpy works on at once
-Ints = NDArray[np.int64]
 _TURNED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)).reshape(256, 8)[:, ::-1])
 
 
@@ -162,13 +169,13 @@ def write_code(code: Code) -> str:
     gaps = np.diff(code.values) - 1
     parts = ["1", golomb_bits(size - 2, 4), golomb_bits(first, 2)]
     if gaps.any():
-        order = min(range(32), key=lambda order: _golomb_size(gaps, order))
+        order = min(range(32), key=lambda order: golomb_length(gaps, order))
         parts += ["0", format(order, "05b"), *(golomb_bits(gap, order) for gap in gaps.tolist())]
     else:
         parts.append("1")
     moves = np.diff(code.lengths, prepend=(size - 1).bit_length())
-    folded = np.where(moves >= 0, 2 * moves, -2 * moves - 1)
-    order = int(_golomb_size(folded, 1) < _golomb_size(folded, 0))
+    folded = fold_signs(moves)
+    order = int(golomb_length(folded, 1) < golomb_length(folded, 0))
     return "".join([*parts, str(order), *(golomb_bits(move, order) for move in folded.tolist())])
 
 
@@ -315,11 +322,6 @@ def _pack_words(codes: Ints, lengths: Ints, start: int) -> NDArray[np.uint32]:
 def _look(windows: Ints, places: Ints, width: int) -> Ints:
     """Return the `width` bits from each place on; width 1 to 32."""
     return (windows[places >> 5] >> (64 - width - (places & 31))) & ((1 << width) - 1)
-
-
-def _golomb_size(numbers: Any, order: int) -> int:
-    head = (numbers >> order) + 1
-    return int((2 * np.frexp(head.astype(np.float64))[1] - 1 + order).sum())
 
 
 def _damaged(why: str) -> FileError:

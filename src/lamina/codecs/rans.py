@@ -29,6 +29,7 @@ from lamina.codecs.segments import Lookup, count_lanes, join, narrow, pull, push
 from lamina.codecs.symbols import Symbols, check_symbols, count_elements
 from lamina.errors import FileError
 
+PIECE = 1 << 20  # symbols that are looked at at a time where 8 bytes each are needed
 DENSE_RANGE = 1 << 20  # a wider range of values is counted by sorting instead of by a table
 
 
@@ -141,8 +142,8 @@ def count_symbols(flat: Symbols, *, backend: str = "auto") -> tuple[Ints, Ints]:
     if fast is not None:
         fast(flat, low, histogram)
     else:
-        for start in range(0, flat.size, 1 << 20):  # pieces: bincount widens to 8 bytes a symbol
-            part = flat[start : start + (1 << 20)].astype(np.int64) - low
+        for start in range(0, flat.size, PIECE):  # bincount widens to 8 bytes a symbol
+            part = flat[start : start + PIECE].astype(np.int64) - low
             histogram += np.bincount(part, minlength=histogram.size)
     found = np.flatnonzero(histogram)
     return found + low, histogram[found]
@@ -164,14 +165,18 @@ def _entry_index(flat: Symbols, table: Table) -> tuple[NDArray[np.int32], Ints]:
     if not table.escaped and values[-1] - values[0] == len(values) - 1:
         low = values[0]
         return (flat - np.int32(low) if low else flat), np.zeros(0, dtype=np.int64)
-    index = np.searchsorted(values, flat).astype(np.int32)
-    if not table.escaped:
-        return index, np.zeros(0, dtype=np.int64)
-    if len(values):
-        known = values[np.minimum(index, len(values) - 1)] == flat
-        index[~known] = len(values)
-        return index, flat[~known].astype(np.int64) - table.base
-    return index, flat.astype(np.int64) - table.base
+    index = np.empty(flat.size, np.int32)
+    escaped = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, flat.size, PIECE):
+        cut = slice(start, start + PIECE)
+        index[cut] = np.searchsorted(values, flat[cut])
+        if table.escaped:
+            known = np.zeros(index[cut].shape, bool)
+            if len(values):
+                known = values[np.minimum(index[cut], len(values) - 1)] == flat[cut]
+            index[cut][~known] = len(values)
+            escaped.append(flat[cut][~known].astype(np.int64) - table.base)
+    return index, np.concatenate(escaped)
 
 
 def _pack_offsets(offsets: Ints, width: int) -> bytes:

@@ -216,7 +216,7 @@ def _first(source: Iterable[Any], where: str, samples: int = CALIBRATION_SAMPLES
         for batch in source:
             _check(batch, where)
             size = size_of(batch)
-            batches.append(batch if size <= samples else _cut(batch, samples, size))
+            batches.append(batch if size <= samples else cut_batch(batch, samples, size))
             samples -= size
             if samples <= 0:
                 break
@@ -244,14 +244,14 @@ def _pinned(source: Any) -> Iterator[None]:
                 generator.set_state(before)
 
 
-def _cut(value: Any, samples: int, size: int) -> Any:
+def cut_batch(value: Any, samples: int, size: int) -> Any:
     """Keep the first `samples` of everything in a batch that has `size` of them."""
     if isinstance(value, Tensor):
         return value[:samples] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
-        return {k: _cut(v, samples, size) for k, v in value.items()}
+        return {k: cut_batch(v, samples, size) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(_cut(v, samples, size) for v in value)
+        return tuple(cut_batch(v, samples, size) for v in value)
     return value
 
 

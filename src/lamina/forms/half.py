@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lamina.errors import FileError
 from lamina.forms.edit import builder
-from lamina.forms.integer import is_transposed
+from lamina.forms.integer import is_transposed, take_over
 from lamina.forms.versions import version_of
 
 SHORT = torch.bfloat16
@@ -106,11 +106,4 @@ def build_bf16(module: nn.Module, settings: Mapping[str, int]) -> nn.Module:
         raise FileError(
             "this layer has no bf16 form", type(module).__name__, "only Linear and Conv1D have"
         )
-    kind = _kind(type(module))  # type: ignore[arg-type]
-    new: nn.Module = object.__new__(kind)
-    nn.Module.__init__(new)
-    for name in ("in_features", "out_features", "nf", "nx"):
-        if name in module.__dict__:
-            setattr(new, name, module.__dict__[name])
-    new._parameters.update(module._parameters)
-    return new
+    return take_over(module, _kind(type(module)))  # type: ignore[arg-type]

@@ -319,7 +319,11 @@ def build_int8(module: nn.Module, settings: Mapping[str, int]) -> nn.Module:
         why = "its blocks are multiplied apart" if hasattr(module, "groups") else ""
         name = type(module).__name__
         raise FileError("this layer has no int8 form", name, why or "only Linear and Conv1D have")
-    kind = _kind(type(module))  # type: ignore[arg-type]
+    return take_over(module, _kind(type(module)))  # type: ignore[arg-type]
+
+
+def take_over(module: nn.Module, kind: Any) -> nn.Module:
+    """Return a linear layer of another class with the very parameters of one."""
     new: nn.Module = object.__new__(kind)
     nn.Module.__init__(new)
     for name in ("in_features", "out_features", "nf", "nx"):

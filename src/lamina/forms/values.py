@@ -80,15 +80,16 @@ class Grid:
 
     def dense(self) -> torch.Tensor:
         step = torch.tensor(self.step, dtype=torch.float32)
-        values = self.symbols.to(torch.float32)
+        values = self.symbols.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if self.exponents is None:
-            return (values * step).to(self.dtype)
-        flat = values.reshape(values.shape[0], -1)
+            return values.mul_(step).to(self.dtype)
+        flat = values.reshape(values.shape[0], -1)  # in place from here on: tables are large
         if self.axis == BOTH:  # two products, in this order
             rows, columns = exponent_scale(self.exponents).split(list(flat.shape))
-            return (flat * (rows * step)[:, None] * columns).reshape(values.shape).to(self.dtype)
-        scale = exponent_scale(self.exponents) * step
-        flat = flat * (scale[:, None] if self.axis == 0 else scale[None, :])
+            flat.mul_((rows * step)[:, None]).mul_(columns)
+        else:
+            scale = exponent_scale(self.exponents) * step
+            flat.mul_(scale[:, None] if self.axis == 0 else scale[None, :])
         return flat.reshape(self.symbols.shape).to(self.dtype)
 
 

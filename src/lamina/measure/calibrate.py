@@ -25,8 +25,8 @@ from lamina.measure.cross import measure_cross
 from lamina.measure.forward import Batch, at_rest, batches, call, device_of
 from lamina.measure.loss import Loss, decide_loss, pick_temperature, pseudo_loss
 from lamina.measure.moments import Moment, add_columns, empty_moment, is_finite, layer_stats
-from lamina.measure.probe import Probe, collect_probe, measure_scale, probe_size, unit_of
-from lamina.measure.stats import LayerStats, Stats
+from lamina.measure.probe import Probe, collect_probe, first_of, measure_scale, probe_size, unit_of
+from lamina.measure.stats import LayerStats, Stats, diagonal_of
 from lamina.measure.tied import combine_uses
 from lamina.measure.tokens import expected_counts, relative_power
 from lamina.network.sites import Site, Sites
@@ -137,6 +137,8 @@ def calibrate(
     if decided.temperature != 1:
         notes = (*notes, f"logits softened by a temperature of {decided.temperature:g}")
     if probe and probes:
+        predictions = decided.predictions(probes[0].reference)
+        probes = first_of(probes, probe_size(sites.layers, layers, predictions))
         readings = {}
         with at_rest(module, seed=seed):
             for done, site in enumerate(sites.layers, 1):
@@ -281,7 +283,7 @@ class _Pass:
                 stats[name] = combine_uses(stats[name], self._weighed(table, looked_up, seen))
             elif name in self.powers:
                 stats[name] = self._weighed(name, stats[name], seen)
-        powers = [float(_diagonal(s.G).mean()) for s in stats.values() if s.G.numel()]
+        powers = [float(diagonal_of(s.G).mean()) for s in stats.values() if s.G.numel()]
         usual = math.fsum(powers) / len(powers) if powers and any(powers) else 1.0
         blind, notes = set(), []
         for name, s in stats.items():
@@ -384,10 +386,6 @@ def _replaced(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)([_replaced(output[0], tensor), *output[1:]])
     return tensor
-
-
-def _diagonal(moment: Tensor) -> Tensor:
-    return moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)
 
 
 def _identity(like: Tensor, power: float) -> Tensor:

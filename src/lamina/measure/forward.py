@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.data import inputs_of, labels_of
+from lamina.data.batches import cut_batch
 from lamina.errors import DataError, LaminaError
 
 
@@ -34,7 +35,7 @@ class Batch:
         if samples >= self.size:
             return self
         args, kwargs, labels = (
-            _cut(v, samples, self.size) for v in (self.args, self.kwargs, self.labels)
+            cut_batch(v, samples, self.size) for v in (self.args, self.kwargs, self.labels)
         )
         return Batch(args, kwargs, labels, samples)
 
@@ -160,16 +161,6 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
         return {k: _move(v, device, dtype) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return tuple(_move(v, device, dtype) for v in value)
-    return value
-
-
-def _cut(value: Any, samples: int, size: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:samples] if value.dim() and len(value) == size else value
-    if isinstance(value, Mapping):
-        return {k: _cut(v, samples, size) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_cut(v, samples, size) for v in value)
     return value
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.measure.columns import Columns
-from lamina.measure.stats import LayerStats
+from lamina.measure.stats import LayerStats, diagonal_of
 
 WIDE = 8192  # wider sides keep the diagonal only: a full float64 moment would pass 512 MiB
 DEAR = 256  # from this width on float32 columns are multiplied in float32, and summed up in float64
@@ -62,8 +62,7 @@ def add_columns(moment: Moment, parts: Iterable[Columns]) -> Moment:
         x = x.double()
         if diagonal or not part.exact:
             power = x.square().sum(1)
-            sums = moment.total if diagonal else moment.total.diagonal(dim1=1, dim2=2)
-            sums.add_(power, alpha=part.weight)
+            diagonal_of(moment.total).add_(power, alpha=part.weight)
         else:
             moment.total.baddbmm_(x.transpose(1, 2), x, alpha=part.weight)
         if part.exact:
@@ -73,9 +72,7 @@ def add_columns(moment: Moment, parts: Iterable[Columns]) -> Moment:
 
 def is_finite(moment: Moment) -> bool:
     """Return whether no column held NaN or infinity (any would show on the diagonal)."""
-    total = moment.total
-    diagonal = total if total.dim() == 2 else total.diagonal(dim1=1, dim2=2)
-    return bool(diagonal.sum().isfinite())
+    return bool(diagonal_of(moment.total).sum().isfinite())
 
 
 def layer_stats(inputs: Moment, gradients: Moment, samples: int) -> LayerStats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from lamina.measure.stats import LayerStats, predict_change, predict_error
 from lamina.network.sites import Site, as_matrix, from_matrix
 from lamina.network.source import main_output
 
-SAMPLES = 250
+SAMPLES, FEWEST = 250, 16
 DRAWS = 4  # of noise; one alone would leave narrow layers 20 % uncertain
 WIDE = 1 << 16  # weights; of more, one draw is as certain
 OUTPUTS = 1 << 26  # elements of reference outputs that are kept
@@ -69,11 +69,35 @@ def unit_of(readings: Sequence[Reading]) -> float:
     return math.exp(math.fsum(logs) / len(logs)) if logs else 1.0
 
 
-def probe_size(layers: Sequence[Site]) -> int:
-    """Return on how many samples to probe: 250, fewer where layers are many and dear."""
-    macs = sum(site.macs for site in layers)
+def probe_size(
+    layers: Sequence[Site], stats: Mapping[str, LayerStats] | None = None, predictions: float = 1.0
+) -> int:
+    """Return on how many samples to probe: 250, fewer where layers are many and dear.
+
+    Args:
+        layers: all of a network.
+        stats: of layers that were seen: a sample of the data may be longer than the example.
+        predictions: that one sample's output holds; 16 in all are the least.
+    """
+    known = stats or {}
+    macs = 0.0
+    for site in layers:
+        seen = known.get(site.name) if site.op != "embedding" else None
+        macs += seen.positions * math.prod(site.matrix_shape) if seen else site.macs
     runs = 1.3 * max(1, sum(draws_of(site) for site in layers))
-    return int(min(SAMPLES, max(16, WORK / max(1.0, macs * runs))))
+    fewest = max(1, math.ceil(FEWEST / predictions))
+    return int(min(SAMPLES, max(fewest, WORK / max(1.0, macs * runs))))
+
+
+def first_of(probes: Sequence[Probe], samples: int) -> list[Probe]:
+    """Return the first samples of probes."""
+    found: list[Probe] = []
+    for probe in probes:
+        if samples > 0:
+            count = min(samples, probe.batch.size)
+            found.append(Probe(probe.batch.head(count), probe.reference[:count]))
+            samples -= count
+    return found
 
 
 def draws_of(site: Site) -> int:

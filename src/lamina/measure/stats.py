@@ -187,6 +187,11 @@ def _quadratic(stats: LayerStats, delta: torch.Tensor) -> float:
     return float((left * right).sum())
 
 
+def diagonal_of(moment: torch.Tensor) -> torch.Tensor:
+    """Return the diagonal `[groups, n]` of a moment, which may be all that is known of it."""
+    return moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)
+
+
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
     """Return the largest singular value of each `[..., out, in]`, from the short side's Gram."""
     if matrix.numel() == 0:

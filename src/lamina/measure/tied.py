@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import torch
 
-from lamina.measure.stats import LayerStats
+from lamina.measure.stats import LayerStats, diagonal_of
 
 
 def combine_uses(head: LayerStats, table: LayerStats) -> LayerStats:
@@ -37,17 +37,13 @@ def combine_uses(head: LayerStats, table: LayerStats) -> LayerStats:
     """
     H, E = head.H, table.G
     wide = head.G.dim() == 2
-    powers = head.G if wide else head.G.diagonal(dim1=1, dim2=2)
-    h, e = (float(_diagonal(m).mean()) for m in (H, E))
+    powers = diagonal_of(head.G)
+    h, e = (float(diagonal_of(m).mean()) for m in (H, E))
     added = e * table.H
     G = h * head.G + (added if wide else torch.diag_embed(added))
     whole = float((h * powers + added).sum())
     if whole <= 0:
         return head
     if H.dim() == 2 or E.dim() == 2:  # very wide states: diagonals only
-        H, E = _diagonal(H), _diagonal(E)
+        H, E = diagonal_of(H), diagonal_of(E)
     return replace(head, H=(float(powers.sum()) * H + float(table.H.sum()) * E) / whole, G=G)
-
-
-def _diagonal(moment: torch.Tensor) -> torch.Tensor:
-    return moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)

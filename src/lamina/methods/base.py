@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.errors import MethodError
+from lamina.forms import Edit
 from lamina.measure.stats import Cost, Cross, LayerStats
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
@@ -233,20 +233,6 @@ class Spanning(Protocol):
         ...
 
 
-def check_finite(site: Site, parts: Parts) -> None:
-    """Check that every tensor of a span's layers is finite.
-
-    Raises:
-        SiteError: one is not; names the layer and the span.
-    """
-    for leaf in parts.members:
-        if not all(bool(torch.isfinite(t).all()) for t in leaf.weights.values()):
-            raise SiteError(
-                "the weights are not finite", f"{leaf.site.name} in {site.name}",
-                "NaN or inf goes with nothing", "mend the network",
-            )  # fmt: skip
-
-
 def why_no_chain(site: Site) -> str:
     """Return why a site is no chain of several layers that may be replaced, or `""`."""
     if site.kind != "chain":
@@ -260,7 +246,7 @@ def _instances() -> dict[str, Method | Spanning]:
 
     found: dict[str, Method | Spanning] = {}
     for info in pkgutil.iter_modules(package.__path__):
-        if info.name == "base" or info.name.startswith("_"):
+        if info.name.startswith("_"):
             continue
         module = importlib.import_module(f"lamina.methods.{info.name}")
         method = getattr(module, "method", None)
@@ -303,64 +289,6 @@ def get_method(name: str) -> Method:
     if isinstance(method, Spanning):
         raise MethodError(f"{name} is no method of single layers", "", "it spans several")
     return method
-
-
-class Structural(Protocol):
-    """What `apply_leaves` needs of a method that leaves other layers behind."""
-
-    @property
-    def name(self) -> str: ...
-
-    def refuse(self, site: Site) -> str: ...
-
-    def leave(
-        self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
-    ) -> tuple[Leaf, ...]: ...
-
-    def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]: ...
-
-
-def apply_leaves(
-    method: Structural, network: Network, choice: Choice, stats: LayerStats | None,
-    indices: Mapping[str, torch.Tensor] | None = None, leaves: Sequence[Leaf] | None = None,
-) -> list[Edit]:  # fmt: skip
-    """Return the structural edits of a choice, then the values of the layers it leaves.
-
-    Args:
-        method: which the choice is of.
-        network: which is not changed.
-        choice: a site and settings.
-        stats: of the site.
-        indices: values of what the structure holds besides, by name (a gather's index).
-        leaves: what `leave` says, where that is known already.
-
-    Raises:
-        SiteError: the method refuses the site.
-        MethodError: the settings do not fit the layer.
-    """
-    site = choice.site
-    if why := method.refuse(site):
-        raise SiteError(f"{method.name} cannot serve this site", site.name, why)
-    if leaves is None:
-        leaves = method.leave(site, weights_of(network, site), stats, choice.settings)
-    edits = list(method.structure(site, choice.settings))
-    edits += [Edit(name, "values", values=Plain(t)) for name, t in (indices or {}).items()]
-    return edits + values_of(leaves)
-
-
-def values_of(leaves: Iterable[Leaf]) -> list[Edit]:
-    """Return the edits that put the tensors of layers in as they are.
-
-    Example:
-        >>> leaf = Leaf(Site("fc", weight="fc.weight"), {"weight": torch.ones(2, 2)}, None)
-        >>> [edit.path for edit in values_of([leaf])]
-        ['fc.weight']
-    """
-    return [
-        Edit(leaf.site.weight if kind == "weight" else leaf.site.bias, "values", values=Plain(t))
-        for leaf in leaves
-        for kind, t in leaf.weights.items()
-    ]
 
 
 def weights_of(network: Network, site: Site) -> dict[str, torch.Tensor]:

@@ -28,25 +28,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Plain
-from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.measure.stats import LayerStats, diagonal_of, predict_error
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights
+from lamina.methods.layers import CONV1D, apply_weight, finite_weight, misfit, why_no_form
+from lamina.methods.offers import offer_values, other_bytes
 from lamina.network.sites import Site, as_matrix
 from lamina.network.source import Network
 
+BITS = 16
 # Mean square of the relative error of rounding x to 8 significant bits, x's significand uniform.
 RELATIVE = 2.0**-14 / 28
-NO_FORM = "no form replaces a Conv1D"  # says discovery; this one does
 
 
 @dataclass(frozen=True)
@@ -64,15 +56,7 @@ class Bf16:
 
     def refuse(self, site: Site) -> str:
         """Return why the layer cannot compute in bfloat16, or `""`."""
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not one layer"
-        if site.op != "linear":
-            return f"there is no layer in bfloat16 for the operation {site.op}"
-        if site.rigid and site.rigid != NO_FORM:
-            return site.rigid
-        if site.groups != 1:
-            return f"its {site.groups} blocks are multiplied one by one"
-        return "" if site.module else "it is the whole network, and a form needs a place to be in"
+        return why_no_form(site, "layer in bfloat16", ("linear",), unless=CONV1D)
 
     def propose(
         self, site: Site, weights: Weights, stats: LayerStats | None
@@ -82,7 +66,7 @@ class Bf16:
         Raises:
             SiteError: the weights are not finite.
         """
-        weight = _finite(site, weights["weight"])
+        weight = finite_weight(site, weights)
         if not weight.numel():
             return ()
         rounded = _rounded(weight)
@@ -91,20 +75,17 @@ class Bf16:
         if stats is None:
             error += RELATIVE**0.5
         else:
-            second = stats.H if stats.H.dim() == 2 else stats.H.diagonal(dim1=-2, dim2=-1)
-            noise = replace(stats, H=RELATIVE * second)
+            noise = replace(stats, H=RELATIVE * diagonal_of(stats.H))
             error += predict_error(noise, matrix, matrix)
-        other = sum(values_bytes(t) for key, t in weights.items() if key != "weight")
-        bits = 8.0 * (values_bytes(rounded) + other)
-        cost = Cost(sum(t.numel() for t in weights.values()), bits, site.macs)
-        return (Candidate(site.name, (Step(self.name, site.name, {"bits": 16}),), cost, error),)
+        size = values_bytes(rounded) + other_bytes(weights)
+        return (offer_values(self.name, site, weights, {"bits": BITS}, size, error),)
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
     ) -> tuple[Leaf, ...]:
         """Return the same layer with its rounded weight; its form is its own from now on."""
         _check(settings)
-        weight = _rounded(_finite(site, weights["weight"]))
+        weight = _rounded(finite_weight(site, weights))
         place = replace(site, rigid="it computes in bfloat16")
         return (Leaf(place, {**weights, "weight": weight}, stats),)
 
@@ -120,12 +101,7 @@ class Bf16:
             SiteError: the site is refused, or its weights are not finite.
             MethodError: the settings do not fit.
         """
-        site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        edits = list(self.structure(site, choice.settings))
-        weight = _rounded(_finite(site, weights_of(network, site)["weight"]))
-        return [*edits, Edit(site.weight, "values", values=Plain(weight))]
+        return apply_weight(self, network, choice, stats, Plain)
 
 
 def _rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -133,18 +109,8 @@ def _rounded(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _check(settings: Settings) -> None:
-    if dict(settings) != {"bits": 16}:
-        why = "give bits=16, and nothing else"
-        raise MethodError("bf16 does not have these settings", repr(dict(settings)), "", why)
-
-
-def _finite(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        raise SiteError(
-            "the weights are not finite", site.name, "NaN or inf cannot be rounded",
-            "mend the network",
-        )  # fmt: skip
-    return weight
+    if dict(settings) != {"bits": BITS}:
+        raise misfit("bf16", settings, f"give bits={BITS}, and nothing else")
 
 
 method = Bf16()

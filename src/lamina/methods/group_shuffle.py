@@ -29,23 +29,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit
 from lamina.measure.blocks import Order, find_groups, levels, refit_groups
 from lamina.measure.low_rank import damp
 from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Step, Weights, weights_of
+from lamina.methods.layers import (
     apply_leaves,
-    weights_of,
+    channels_of,
+    misfit,
+    only_matrix,
+    site_inside,
+    why_no_form,
+    why_tied,
 )
-from lamina.network.sites import STRUCTURAL, Site, as_matrix
+from lamina.network.sites import STRUCTURAL, Site
 from lamina.network.source import Network
 
 MOST_GROUPS = 32
@@ -82,19 +80,9 @@ class GroupShuffle:
 
     def refuse(self, site: Site) -> str:
         """Return why the layer cannot be cut into groups, or `""`."""
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not one layer"
-        if site.op not in STRUCTURAL:
-            return f"there is no grouped layer behind a shuffle for the operation {site.op}"
-        if site.rigid:
-            return site.rigid
-        if site.groups != 1:
-            return f"it has {site.groups} groups already"
-        if site.aliases:
-            return f"its weight is tied to {', '.join(site.aliases)}"
-        if not site.module:
-            return "it is the whole network, and a shuffle needs a module to be put into"
-        outputs, channels = site.matrix_shape[1], _channels(site)
+        if why := why_no_form(site, "shuffled layer", STRUCTURAL) or why_tied(site):
+            return why
+        outputs, channels = site.matrix_shape[1], channels_of(site)
         if outputs % 2 or channels % 2 or not outputs or not channels:
             return f"its {channels} inputs and {outputs} outputs are not both even"
         return ""
@@ -110,12 +98,12 @@ class GroupShuffle:
         if self.refuse(site):
             return ()
         weight = weights["weight"]
-        matrix = _matrix(site, weight)
+        matrix = only_matrix(site, weights)
         width = 8 * values_bytes(weight) / weight.numel()
         bias = weights["bias"].numel() if "bias" in weights else 0
         rest = 8 * values_bytes(weights["bias"]) if bias else 0.0
         front: list[Candidate] = []
-        for level in range(levels(len(matrix), _channels(site)), 1, -1):
+        for level in range(levels(len(matrix), channels_of(site)), 1, -1):
             groups = 2 ** (level - 1)
             if groups > MOST_GROUPS:
                 continue
@@ -139,7 +127,7 @@ class GroupShuffle:
             MethodError: the settings do not fit the layer.
         """
         groups, seed = _read(site, settings)
-        found = _group(site, _matrix(site, weights["weight"]), stats, groups, seed)
+        found = _group(site, only_matrix(site, weights), stats, groups, seed)
         return (_leaf(site, weights, stats, found),)
 
     def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
@@ -163,7 +151,7 @@ class GroupShuffle:
             return apply_leaves(self, network, choice, stats)
         groups, seed = _read(site, choice.settings)
         weights = weights_of(network, site)
-        found = _group(site, _matrix(site, weights["weight"]), stats, groups, seed)
+        found = _group(site, only_matrix(site, weights), stats, groups, seed)
         index = {
             f"{site.module}.0.index": found.order.cols,
             f"{site.module}.2.index": torch.argsort(found.order.rows),
@@ -191,7 +179,7 @@ def connection_importance(
 def _group(
     site: Site, matrix: torch.Tensor, stats: LayerStats | None, groups: int, seed: int
 ) -> Grouped:
-    channels = _channels(site)
+    channels = channels_of(site)
     taps = matrix.shape[1] // channels
     wide = max(len(matrix), channels) > WIDE
     importance = connection_importance(matrix, channels, stats)
@@ -212,18 +200,10 @@ def _group(
 def _leaf(site: Site, weights: Weights, stats: LayerStats | None, found: Grouped) -> Leaf:
     weight = weights["weight"]
     groups = len(found.values)
-    channels, outputs = _channels(site), len(found.order.rows)
+    channels, outputs = channels_of(site), len(found.order.rows)
     conv = site.op == "conv"
-    inner = replace(
-        site,
-        name=f"{site.name}.1",
-        module=f"{site.module}.1",
-        weight=f"{site.module}.1.weight",
-        bias=f"{site.module}.1.bias" if site.bias else "",
-        shape=(outputs, channels // groups, *(site.kernel if conv else ())),
-        groups=groups,
-        transposed=False,
-    )
+    shape = (outputs, channels // groups, *(site.kernel if conv else ()))
+    inner = site_inside(site, 1, shape=shape, groups=groups)
     tensors = {"weight": found.values.to(weight.dtype).reshape(inner.shape)}
     if "bias" in weights:
         tensors["bias"] = weights["bias"][found.order.rows]
@@ -250,32 +230,17 @@ def _index_bits(order: Order) -> float:
     return 8.0 * (values_bytes(order.cols) + values_bytes(torch.argsort(order.rows)))
 
 
-def _matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        why = "NaN or inf has no importance"
-        raise SiteError("the weights are not finite", site.name, why, "mend the network")
-    return as_matrix(site, weight)[0].to(torch.float64)
-
-
-def _channels(site: Site) -> int:
-    return site.shape[0] if site.transposed else site.shape[1]
-
-
 def _read(site: Site, settings: Settings) -> tuple[int, int]:
     groups, seed = settings.get("groups"), settings.get("seed", 0)
-    sides = (site.matrix_shape[1], _channels(site))
+    sides = (site.matrix_shape[1], channels_of(site))
     if (
         not (isinstance(groups, int) and isinstance(seed, int))
         or groups < 2
         or any(side % groups for side in sides)
         or not 0 <= seed < 1 << 32
     ):
-        raise MethodError(
-            "group_shuffle does not have these settings for this layer",
-            site.name,
-            repr(dict(settings)),
-            f"groups are at least 2 and divide {sides[0]} and {sides[1]}",
-        )
+        fix = f"groups are at least 2 and divide {sides[0]} and {sides[1]}"
+        raise misfit("group_shuffle", settings, fix, site)
     return groups, seed
 
 

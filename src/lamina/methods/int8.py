@@ -30,30 +30,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lamina import codecs
-from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Grid, grid_of
-from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
+from lamina.forms import Edit, grid_of
+from lamina.measure.stats import LayerStats, diagonal_of, predict_error
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights, weights_of
+from lamina.methods.layers import (
+    CONV1D,
+    check_served,
+    edit_values,
+    finite_weight,
+    misfit,
+    why_no_form,
 )
+from lamina.methods.offers import grid_bytes, offer_values, other_bytes
 from lamina.network.sites import Site, as_matrix
 from lamina.network.source import Network
 
 BITS = 8
 LEVELS = 254  # steps in the range of a row of the input
-HEADER_BYTES = 4  # a step
 HALVINGS = 50  # of the search for a range
-NO_FORM = "no form replaces a Conv1D"  # says discovery; this one does,
-TIED = "tied with"  # and it computes with the very parameter, which stays tied
+TIED = "tied with"  # says discovery; it computes with the very parameter, which stays tied
 
 
 @dataclass(frozen=True)
@@ -71,15 +66,8 @@ class Int8:
 
     def refuse(self, site: Site) -> str:
         """Return why the layer cannot compute with integers, or `""`."""
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not one layer"
-        if site.op != "linear":
-            return f"there is no product of integers for the operation {site.op}"
-        if site.rigid and not site.rigid.startswith(TIED) and site.rigid != NO_FORM:
-            return site.rigid
-        if site.groups != 1:
-            return f"its {site.groups} blocks are multiplied one by one"
-        return "" if site.module else "it is the whole network, and a form needs a place to be in"
+        free = replace(site, rigid="") if site.rigid.startswith(TIED) else site
+        return why_no_form(free, "layer of integers", ("linear",), unless=CONV1D)
 
     def propose(
         self, site: Site, weights: Weights, stats: LayerStats | None
@@ -89,25 +77,22 @@ class Int8:
         Raises:
             SiteError: the weights are not finite.
         """
-        weight = _finite(site, weights["weight"])
+        weight = finite_weight(site, weights)
         if not weight.numel():
             return ()
         grid = grid_of(weight, site.transposed)
-        matrix = as_matrix(site, weight)
-        rounded = as_matrix(site, grid.dense())
-        error = predict_error(stats, matrix, rounded.double() - matrix.double())
-        error += input_error(matrix[0], stats)
-        size = _bytes(grid) + sum(values_bytes(t) for k, t in weights.items() if k != "weight")
-        cost = Cost(sum(t.numel() for t in weights.values()), 8 * size, site.macs)
-        return (Candidate(site.name, (Step(self.name, site.name, {"bits": BITS}),), cost, error),)
+        matrix, rounded = as_matrix(site, weight).double(), as_matrix(site, grid.dense()).double()
+        error = predict_error(stats, matrix, rounded - matrix) + input_error(matrix[0], stats)
+        size = grid_bytes(grid) + other_bytes(weights)
+        return (offer_values(self.name, site, weights, {"bits": BITS}, size, error),)
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
     ) -> tuple[Leaf, ...]:
         """Return the same layer with its rounded weight; its form is its own from now on."""
         _check(settings)
-        weight = grid_of(_finite(site, weights["weight"]), site.transposed).dense()
-        weight = weight.to(weights["weight"].device)
+        weight = finite_weight(site, weights)
+        weight = grid_of(weight, site.transposed).dense().to(weight.device)
         place = replace(site, rigid="it computes with integers")
         return (Leaf(place, {**weights, "weight": weight}, stats),)
 
@@ -124,11 +109,10 @@ class Int8:
             MethodError: there are settings.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        edits = list(self.structure(site, choice.settings))
-        weight = _finite(site, weights_of(network, site)["weight"])
-        return [*edits, Edit(site.weight, "values", values=grid_of(weight, site.transposed))]
+        check_served(self, site)
+        edits = self.structure(site, choice.settings)
+        weight = finite_weight(site, weights_of(network, site))
+        return [*edits, *edit_values(site, {"weight": grid_of(weight, site.transposed)})]
 
 
 def input_error(matrix: torch.Tensor, stats: LayerStats | None) -> float:
@@ -145,7 +129,7 @@ def input_error(matrix: torch.Tensor, stats: LayerStats | None) -> float:
     if stats is None or stats.positions <= 0:
         deep = 2 * math.sqrt(2 * math.log(max(2, matrix.shape[1])))
         return deep / LEVELS / math.sqrt(12)
-    second = _diagonal(stats.H)[0].cpu().double() / stats.positions
+    second = diagonal_of(stats.H)[0].cpu().double() / stats.positions
     mean = torch.zeros_like(second)
     if stats.mean is not None:
         mean = stats.mean[0].cpu().double()[: len(second)] / stats.positions
@@ -176,30 +160,9 @@ def reach(mean: torch.Tensor, spread: torch.Tensor) -> float:
     return high
 
 
-def _diagonal(moment: torch.Tensor) -> torch.Tensor:
-    return moment if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1)
-
-
-def _bytes(grid: Grid) -> float:
-    size = HEADER_BYTES + codecs.length(grid.symbols.numpy())
-    if grid.exponents is not None:
-        size += codecs.length(grid.exponents.numpy().reshape(1, -1))
-    return float(size)
-
-
 def _check(settings: Settings) -> None:
     if dict(settings) != {"bits": BITS}:
-        why = f"give bits={BITS}, and nothing else"
-        raise MethodError("int8 does not have these settings", repr(dict(settings)), "", why)
-
-
-def _finite(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        raise SiteError(
-            "the weights are not finite", site.name, "NaN or inf has no integer",
-            "mend the network",
-        )  # fmt: skip
-    return weight
+        raise misfit("int8", settings, f"give bits={BITS}, and nothing else")
 
 
 method = Int8()

@@ -25,26 +25,15 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina import codecs
 from lamina.artifact.exact import exact, exact_bytes
-from lamina.artifact.records import values_bytes
-from lamina.errors import SiteError
 from lamina.forms import Affine, Edit, Grid, Plain, Sparse, find_grid
-from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.measure.stats import LayerStats
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights, weights_of
+from lamina.methods.layers import check_served, edit_values
+from lamina.methods.offers import grid_bytes, offer_values, sparse_bytes
 from lamina.network.sites import Site
 from lamina.network.source import Network
 
-STEP_BYTES = 4
 FEWEST_ZEROS = 0.05  # below this share of zeros a pattern is not worth looking at
 
 
@@ -62,17 +51,11 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Affine | Sparse | Grid, float]:
     if isinstance(held, Affine):
         return held, plain
     grid = find_grid(tensor)
-    if grid is not None and grid.exponents is not None:
-        coded = codecs.length(grid.symbols.numpy()) + codecs.length(
-            grid.exponents.numpy().reshape(1, -1)
-        )
-        if coded + STEP_BYTES < plain:
-            return grid, coded + STEP_BYTES
+    if grid is not None and (size := grid_bytes(grid)) < plain:
+        return grid, size
     zeros = tensor == 0
     if tensor.numel() and float(zeros.double().mean()) > FEWEST_ZEROS:
-        mask = (~zeros).reshape(tensor.shape[0] if tensor.dim() else 1, -1)
-        pattern = codecs.length(mask.to(torch.int32).cpu().numpy())
-        sparse = pattern + values_bytes(tensor[~zeros])
+        sparse = sparse_bytes(tensor)
         if sparse < plain:
             return Sparse(tensor.masked_fill(zeros, 0)), sparse
     return held, plain
@@ -98,9 +81,7 @@ class Keep:
     ) -> tuple[Candidate, ...]:
         """Offer the one candidate there is."""
         size = sum(hold(tensor)[1] for tensor in weights.values())
-        params = sum(tensor.numel() for tensor in weights.values())
-        cost = Cost(params=params, bits=8 * size, macs=site.macs)
-        return (Candidate(site.name, (Step(self.name, site.name),), cost, 0.0),)
+        return (offer_values(self.name, site, weights, {}, size, 0.0),)
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
@@ -119,13 +100,8 @@ class Keep:
             SiteError: the site is not a layer.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        names = {"weight": site.weight, "bias": site.bias}
-        return [
-            Edit(names[key], "values", values=hold(tensor)[0])
-            for key, tensor in weights_of(network, site).items()
-        ]
+        check_served(self, site)
+        return edit_values(site, {k: hold(t)[0] for k, t in weights_of(network, site).items()})
 
 
 method = Keep()

@@ -28,19 +28,12 @@ import torch
 from lamina import codecs
 from lamina.artifact.records import values_bytes
 from lamina.codecs.alike import Curve, corrected
-from lamina.errors import MethodError, SiteError
+from lamina.errors import MethodError
 from lamina.forms import Edit, Sparse
-from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.measure.stats import LayerStats, diagonal_of, predict_error
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights
+from lamina.methods.layers import apply_weight, finite_weight, misfit
+from lamina.methods.offers import front, offer_values, sparse_bytes
 from lamina.network.sites import Site, as_matrix, from_matrix
 from lamina.network.source import Network
 
@@ -51,8 +44,7 @@ EXACT_SIZE = 1 << 12  # values up to which every version of a tensor is coded
 
 def diagonal_importance(site: Site, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
     """Return `w_ij^2 G_ii H_jj` in the weight's stored shape, float64 (Optimal Brain Damage)."""
-    h = stats.H if stats.H.dim() == 2 else stats.H.diagonal(dim1=-2, dim2=-1)
-    g = stats.G if stats.G.dim() == 2 else stats.G.diagonal(dim1=-2, dim2=-1)
+    h, g = diagonal_of(stats.H), diagonal_of(stats.G)
     matrix = as_matrix(site, weight).to(torch.float64)
     return from_matrix(site, matrix**2 * g[:, :, None] * h[:, None, :])
 
@@ -77,15 +69,12 @@ def prune(weight: torch.Tensor, importance: torch.Tensor, keep: float) -> torch.
     return torch.where(mask, weight, torch.zeros_like(weight))
 
 
-def sparse_bits(tensor: torch.Tensor) -> float:
-    """Return the size of a tensor with zeros [bits]: coded pattern (estimated) and non-zeros."""
-    mask = (tensor != 0).reshape(tensor.shape[0], -1)
-    pattern = codecs.estimate(mask.to(torch.int32).cpu().numpy())
-    return 8.0 * (pattern + values_bytes(tensor[tensor != 0]))
+def _bytes(tensor: torch.Tensor) -> float:
+    return sparse_bytes(tensor, codecs.estimate)
 
 
 def _quick_bytes(tensor: torch.Tensor) -> float:
-    """Return about what `sparse_bits` says [bytes], with non-zeros of full width."""
+    """Return about what `_bytes` says, with non-zeros of full width."""
     mask = (tensor != 0).reshape(tensor.shape[0], -1)
     pattern = codecs.estimate(mask.to(torch.int32).cpu().numpy())
     return pattern + int(mask.sum()) * tensor.element_size()
@@ -97,9 +86,8 @@ def _sizes(shares: list[float], versions: list[torch.Tensor]) -> list[float]:
     Bytes per non-zero change slowly with the share, so that of a longer tensor few are coded.
     """
     if not versions or versions[0].numel() <= EXACT_SIZE:
-        return [sparse_bits(pruned) / 8 for pruned in versions]
-    curve = Curve.of(shares, versions, _quick_bytes, lambda t: sparse_bits(t) / 8)
-    return corrected([curve])[0]
+        return [_bytes(pruned) for pruned in versions]
+    return corrected([Curve.of(shares, versions, _quick_bytes, _bytes)])[0]
 
 
 @dataclass(frozen=True)
@@ -125,14 +113,13 @@ class Magnitude:
         Raises:
             SiteError: the weights are not finite.
         """
-        weight = _finite(site, weights["weight"])
+        weight = finite_weight(site, weights)
         if not weight.numel():
             return ()
         matrix = as_matrix(site, weight)
         other = {key: t for key, t in weights.items() if key != "weight"}
         # What `keep` makes of the other tensors: a bias of zeros takes next to nothing.
-        extra = sum(min(8.0 * values_bytes(t), sparse_bits(t)) for t in other.values())
-        params = sum(t.numel() for t in weights.values())
+        extra = sum(min(values_bytes(t), _bytes(t)) for t in other.values())
         offers = []
         for score in SCORES if stats is not None else SCORES[:1]:
             importance = _importance(site, weight, stats, score)
@@ -144,17 +131,17 @@ class Magnitude:
                     versions.append(pruned)
             for keep, pruned, size in zip(shares, versions, _sizes(shares, versions), strict=True):
                 error = predict_error(stats, matrix, as_matrix(site, pruned - weight))
-                cost = Cost(params, 8 * size + extra, site.macs)
-                step = Step(self.name, site.name, {"keep": keep, "score": score})
-                offers.append(Candidate(site.name, (step,), cost, error))
-        return _front(offers)
+                settings = {"keep": keep, "score": score}
+                size += extra
+                offers.append(offer_values(self.name, site, weights, settings, size, error))
+        return front(offers)
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
     ) -> tuple[Leaf, ...]:
         """Return the same layer with its pruned weight."""
         keep, score = _read(settings)
-        weight = _finite(site, weights["weight"])
+        weight = finite_weight(site, weights)
         pruned = prune(weight, _importance(site, weight, stats, score), keep)
         return (Leaf(site, {**weights, "weight": pruned}, stats),)
 
@@ -169,11 +156,7 @@ class Magnitude:
             SiteError: the site is not a layer, or its weights are not finite.
             MethodError: the settings do not fit.
         """
-        site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        (leaf,) = self.leave(site, weights_of(network, site), stats, choice.settings)
-        return [Edit(site.weight, "values", values=Sparse(leaf.weights["weight"]))]
+        return apply_weight(self, network, choice, stats, Sparse)
 
 
 def _importance(
@@ -194,33 +177,9 @@ def _importance(
 def _read(settings: Settings) -> tuple[float, str]:
     keep, score = settings.get("keep"), settings.get("score", "magnitude")
     if not isinstance(keep, (int, float)) or not 0 < keep <= 1 or score not in SCORES:
-        raise MethodError(
-            "magnitude does not have these settings",
-            repr(dict(settings)),
-            "",
-            f"give keep in (0, 1] and score of {', '.join(SCORES)}",
-        )
+        fix = f"give keep in (0, 1] and score of {', '.join(SCORES)}"
+        raise misfit("magnitude", settings, fix)
     return float(keep), str(score)
-
-
-def _finite(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        raise SiteError(
-            "the weights are not finite",
-            site.name,
-            "NaN or inf has no magnitude",
-            "mend the network",
-        )
-    return weight
-
-
-def _front(offers: list[Candidate]) -> tuple[Candidate, ...]:
-    """Keep the offers that no cheaper one beats, cheapest first."""
-    front: list[Candidate] = []
-    for offer in sorted(offers, key=lambda c: (c.cost.bits, c.error)):
-        if not front or offer.error < front[-1].error:
-            front.append(offer)
-    return tuple(front)
 
 
 method = Magnitude()

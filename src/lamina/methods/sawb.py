@@ -31,26 +31,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lamina import codecs
-from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Grid, Plain
+from lamina.artifact.records import view_shape
+from lamina.errors import MethodError
+from lamina.forms import Edit, Grid
 from lamina.forms.values import exponent_scale
-from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.measure.stats import LayerStats, predict_error
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights, weights_of
+from lamina.methods.layers import check_served, edit_values, finite_weight, keep_values, misfit
+from lamina.methods.offers import front, grid_bytes, offer_values, other_bytes
 from lamina.network.sites import Site, as_matrix
 from lamina.network.source import Network
 
@@ -66,7 +58,7 @@ CLIPS = ("statistics", "mse")
 MASKED = 1 / 3  # share of zeros from which statistics are not those of a dense tensor
 TRIALS = 48  # ranges of a search, twice
 ROW_OCTAVES = (-12, 12)  # quarter octaves of a row's range around the tensor's: [1/8, 8]
-HEADER_BYTES = 6
+RECORD_BYTES = 2  # besides what a grid takes
 
 
 def clip_by_statistics(weight: torch.Tensor, bits: int, rows: bool = False) -> torch.Tensor:
@@ -238,12 +230,11 @@ class Sawb:
         Raises:
             SiteError: the weights are not finite.
         """
-        weight = _finite(site, weights["weight"])
+        weight = finite_weight(site, weights)
         if not weight.numel():
             return ()
         matrix = as_matrix(site, weight)
-        extra = sum(values_bytes(t) for key, t in weights.items() if key != "weight")
-        params = sum(t.numel() for t in weights.values())
+        extra = RECORD_BYTES + other_bytes(weights)
         masked = float((weight == 0).double().mean()) >= MASKED
         offers = []
         for bits in CONSTANTS:
@@ -252,18 +243,10 @@ class Sawb:
                     grid = grid_of(weight, bits, clip, rows)
                     change = as_matrix(site, grid.dense().to(weight.device) - weight)
                     error = predict_error(stats, matrix, change)
-                    size = HEADER_BYTES + codecs.length(_rows(grid.symbols))
-                    if grid.exponents is not None:
-                        size += codecs.length(_rows(grid.exponents[None]))
+                    size = grid_bytes(grid, _length) + extra
                     settings = {"bits": bits, "clip": clip, "rows": rows}
-                    step = Step(self.name, site.name, settings)
-                    cost = Cost(params, 8.0 * (size + extra), site.macs)
-                    offers.append(Candidate(site.name, (step,), cost, error))
-        front: list[Candidate] = []
-        for offer in sorted(offers, key=lambda c: (c.cost.bits, c.error)):
-            if not front or offer.error < front[-1].error:
-                front.append(offer)
-        return tuple(reversed(front))
+                    offers.append(offer_values(self.name, site, weights, settings, size, error))
+        return front(offers)[::-1]
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
@@ -283,38 +266,25 @@ class Sawb:
             MethodError: the settings do not fit.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
+        check_served(self, site)
         bits, clip, rows = _read(choice.settings)
         weights = weights_of(network, site)
-        grid = grid_of(_finite(site, weights["weight"]), bits, clip, rows)
-        edits = [Edit(site.weight, "values", values=grid)]
-        if "bias" in weights:
-            edits.append(Edit(site.bias, "values", values=Plain(weights["bias"])))
-        return edits
+        grid = grid_of(finite_weight(site, weights), bits, clip, rows)
+        return edit_values(site, {**keep_values(weights), "weight": grid})
 
 
-def _rows(symbols: torch.Tensor) -> NDArray[Any]:
-    flat = symbols.reshape(symbols.shape[0] if symbols.dim() > 1 else 1, -1)
-    return np.asarray(flat.numpy())
+def _length(symbols: NDArray[Any]) -> float:
+    return codecs.length(symbols.reshape(view_shape(symbols.shape)))
 
 
 def _read(settings: Settings) -> tuple[int, str | float, bool]:
     bits, clip, rows = settings.get("bits"), settings.get("clip", "mse"), settings.get("rows")
     number = isinstance(clip, (int, float)) and not isinstance(clip, bool) and 0 <= clip <= 1e30
     if bits not in CONSTANTS or not (clip in CLIPS or number) or rows not in (None, False, True):
-        why = f"give bits of {', '.join(map(str, CONSTANTS))}, clip of {', '.join(CLIPS)} or a "
-        raise MethodError(
-            "sawb does not have these settings", repr(dict(settings)), "", f"{why}number, and rows"
-        )
+        widths, clips = ", ".join(map(str, CONSTANTS)), ", ".join(CLIPS)
+        fix = f"give bits of {widths}, clip of {clips} or a number, and rows"
+        raise misfit("sawb", settings, fix)
     return int(bits), clip, bool(rows)  # type: ignore[arg-type]
-
-
-def _finite(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        why = "NaN or inf has no grid point"
-        raise SiteError("the weights are not finite", site.name, why, "mend the network")
-    return weight
 
 
 method = Sawb()

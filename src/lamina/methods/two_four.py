@@ -30,20 +30,12 @@ from dataclasses import dataclass
 import torch
 
 from lamina import codecs
-from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
+from lamina.errors import MethodError
 from lamina.forms import Edit, Sparse
-from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.measure.stats import LayerStats, diagonal_of, predict_error
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights
+from lamina.methods.layers import apply_weight, finite_weight, misfit
+from lamina.methods.offers import front, offer_values, other_bytes, sparse_bytes
 from lamina.network.sites import Site, as_matrix, from_matrix
 from lamina.network.source import Network
 
@@ -133,8 +125,7 @@ def prune(
     matrix = as_matrix(site, weight).to(torch.float64)
     H = stats.H.to(matrix)
     if score == "obd" or H.dim() == 2:
-        diagonal = H if H.dim() == 2 else H.diagonal(dim1=1, dim2=2)
-        importance = from_matrix(site, matrix.square() * diagonal[:, None, :])
+        importance = from_matrix(site, matrix.square() * diagonal_of(H)[:, None, :])
         left = weight.masked_fill(~mask_of(site, importance), 0)
     else:
         fours, order = in_fours(site, weight).to(torch.float64), _order(site, H.shape[-1])
@@ -211,31 +202,26 @@ class TwoFour:
         Raises:
             SiteError: the weights are not finite.
         """
-        weight = _finite(site, weights["weight"])
+        weight = finite_weight(site, weights)
         if not weight.numel():
             return ()
         matrix = as_matrix(site, weight)
-        extra = 8 * sum(values_bytes(t) for key, t in weights.items() if key != "weight")
-        params = sum(t.numel() for t in weights.values())
+        extra = other_bytes(weights)
+        count = codecs.estimate if weight.numel() > LARGE else codecs.length
         offers = []
         for score in SCORES if stats is not None else SCORES[:1]:
             pruned = prune(site, weight, stats, score)
             error = predict_error(stats, matrix, as_matrix(site, pruned - weight))
-            step = Step(self.name, site.name, {"score": score})
-            cost = Cost(params, sparse_bits(pruned) + extra, site.macs)
-            offers.append(Candidate(site.name, (step,), cost, error))
-        front: list[Candidate] = []
-        for offer in sorted(offers, key=lambda c: (c.cost.bits, c.error)):
-            if not front or offer.error < front[-1].error:
-                front.append(offer)
-        return tuple(front)
+            size = sparse_bytes(pruned, count) + extra
+            offers.append(offer_values(self.name, site, weights, {"score": score}, size, error))
+        return front(offers)
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
     ) -> tuple[Leaf, ...]:
         """Return the same layer with its pruned weight."""
         score = _read(settings)
-        pruned = prune(site, _finite(site, weights["weight"]), stats, score)
+        pruned = prune(site, finite_weight(site, weights), stats, score)
         return (Leaf(site, {**weights, "weight": pruned}, stats),)
 
     def structure(self, site: Site, settings: Settings) -> tuple[Edit, ...]:
@@ -249,35 +235,14 @@ class TwoFour:
             SiteError: the site is refused, or its weights are not finite.
             MethodError: the settings do not fit.
         """
-        site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        (leaf,) = self.leave(site, weights_of(network, site), stats, choice.settings)
-        return [Edit(site.weight, "values", values=Sparse(leaf.weights["weight"]))]
-
-
-def sparse_bits(tensor: torch.Tensor) -> float:
-    """Return the size of a tensor with zeros [bits]: pattern and non-zeros."""
-    mask = (tensor != 0).reshape(tensor.shape[0], -1).to(torch.int32).cpu().numpy()
-    pattern = codecs.estimate(mask) if mask.size > LARGE else codecs.length(mask)
-    return 8.0 * (pattern + values_bytes(tensor[tensor != 0]))
+        return apply_weight(self, network, choice, stats, Sparse)
 
 
 def _read(settings: Settings) -> str:
     score = settings.get("score")
     if score not in SCORES:
-        raise MethodError(
-            "two_four does not have these settings", repr(dict(settings)), "",
-            f"give score of {', '.join(SCORES)}",
-        )  # fmt: skip
+        raise misfit("two_four", settings, f"give score of {', '.join(SCORES)}")
     return str(score)
-
-
-def _finite(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        why = "NaN or inf has no magnitude"
-        raise SiteError("the weights are not finite", site.name, why, "mend the network")
-    return weight
 
 
 method = TwoFour()

@@ -133,6 +133,29 @@ def make_plan(
     )
 
 
+def write_plan(
+    network: Network,
+    sites: Sites,
+    stats: Stats,
+    taken: dict[str, Candidate],
+    budget: Budget,
+    fixed: Cost | None = None,
+) -> Plan:
+    """Write decisions down as a plan that were made without candidates to choose from.
+
+    Args:
+        network, sites, stats: as for `plan`.
+        taken: by site.
+        budget: what will be checked.
+        fixed: what is outside of the sites; default: `fixed_cost`.
+    """
+    return make_plan(
+        network, taken, budget, "sum" if stats.samples else "minimax",
+        original_cost(network, sites), fixed or fixed_cost(network, sites),
+        {name: (candidate,) for name, candidate in taken.items()},
+    )  # fmt: skip
+
+
 def limits_of(budget: Budget, original: Cost, fixed: Cost) -> tuple[list[str], np.ndarray]:
     """Return the limited resources and what the sites may spend of each.
 

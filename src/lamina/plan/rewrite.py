@@ -8,6 +8,7 @@ the norm's epsilon). `channels_last` orders the weights of convolutions as the h
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -206,12 +207,8 @@ class _Folds:
         self.root, self.outputs, self.after = root, set(flow.outputs), flow.followers()
         self.tensors: Tensors = named_tensors(root)
         self.readers = flow.readers(self.tensors.first)
-        self.paths: dict[int, int] = {}
-        for _, module in root.named_modules(remove_duplicate=False):
-            self.paths[id(module)] = self.paths.get(id(module), 0) + 1
-        self.ran: dict[str, int] = {}
-        for op in flow.ops:
-            self.ran[op.module] = self.ran.get(op.module, 0) + 1
+        self.paths = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
+        self.ran = Counter(op.module for op in flow.ops)
 
     def pairs(self) -> list[tuple[str, str]]:
         found = []

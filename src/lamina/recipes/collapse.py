@@ -17,8 +17,8 @@ afterwards, where there are epochs for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from torch import nn
@@ -33,8 +33,7 @@ from lamina.methods.layer_collapse.places import activations_of
 from lamina.network.sites import Site, Sites
 from lamina.plan import Plan
 from lamina.plan.apply import copy_module
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.decide import write_plan
 from lamina.plan.spans import Span, propose_spans
 from lamina.recipes.blocks import (
     ORDERS,
@@ -46,14 +45,12 @@ from lamina.recipes.blocks import (
     saved,
 )
 from lamina.recipes.followed import Followed
-from lamina.recipes.retraining import LaterEpochs, check_data
+from lamina.recipes.retraining import add_phase, check_data, later
 from lamina.recipes.settings import check_training, check_whole, is_number
 from lamina.stages import Way, metric_of
 from lamina.train import Recovery, recover
 from lamina.train.slope import Line, Pull, put_blends
 from lamina.train.straighten import Straightening, straighten
-
-LATER = 10_000  # epochs of the training data between one training and the next
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class LayerCollapse:
             swapped = copy_module(way.network.module)
             put_blends(swapped, [path for block in chosen for path in activations_of(block)])
             quality.note("swapped", swapped)
-        module, history, bent = way.network.module, list[Mapping[str, float]](), dict[str, float]()
+        module, history, bent = way.network.module, list[dict[str, float]](), dict[str, float]()
         if self.epochs and data is not None:
             with way.timed("straighten"):
                 lines = lines_of(way.network, sites, stats, chosen) if self.line else {}
@@ -172,13 +169,13 @@ class LayerCollapse:
         if self.last and data is not None:
             with way.timed("recover"):
                 result = recover(
-                    way.network, edited, _part(data, 2 * way.seed + 1),
+                    way.network, edited, later(data, 2 * way.seed + 1),
                     Recovery(epochs=self.last, lr=self.lr, decay=self.decay, rate=False,
                              distill=self.distill, half=self.half, seed=way.seed + 1),
                     macs=plan.original.macs, progress=way.say("recover"),
                 )  # fmt: skip
             edited = result.edited
-            _append(history, result.history, 0.0)
+            add_phase(history, result.history, 0.0)
             quality.note("final", edited.model)
         settings = {"recipe": self.name, **asdict(self), "blocks": len(chosen)}
         settings |= {"quality": quality.values, "metric": quality.metric}
@@ -206,7 +203,7 @@ class LayerCollapse:
 
     def _train(
         self, way: Way, data: Data, chosen: Sequence[Site],
-        history: list[Mapping[str, float]], lines: Mapping[str, Line],
+        history: list[dict[str, float]], lines: Mapping[str, Line],
     ) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
         """Pull the chosen blocks to the identity, more of them in each training."""
         module, bent = way.network.module, dict[str, float]()
@@ -216,11 +213,11 @@ class LayerCollapse:
             seed = way.seed * 1000 + step
             result = straighten(
                 way.network, module, [p for block in now for p in activations_of(block)],
-                _part(data, seed), self.training(seed), way.say("straighten"), lines,
+                later(data, seed), self.training(seed), way.say("straighten"), lines,
             )  # fmt: skip
             module = result.module
             bent |= {path: bend for path, bend in result.bends.items() if path not in bent}
-            _append(history, result.history, float(step))
+            add_phase(history, result.history, float(step))
         return module, bent
 
 
@@ -251,11 +248,7 @@ def collapse_plan(way: Way, sites: Sites, stats: Stats, runs: Sequence[Site]) ->
         if site.name not in claimed:
             weights = weights_of(way.network, site)
             taken[site.name] = next(iter(keep.propose(site, weights, None)))
-    return make_plan(
-        way.network, taken, way.budget, "sum" if stats.samples else "minimax",
-        original_cost(way.network, sites), fixed_cost(way.network, sites),
-        {name: (candidate,) for name, candidate in taken.items()},
-    )  # fmt: skip
+    return write_plan(way.network, sites, stats, taken, way.budget)
 
 
 # --- what is reported ---------------------------------------------------------------------------
@@ -275,20 +268,6 @@ class _Quality:
         if self.loader is not None:
             value = evaluate(module, self.loader, self.measure, original=self.network)
             self.values[when] = round(float(value), 4)
-
-
-def _part(data: Data, number: int) -> Data:
-    """Return the data with other epochs: no two trainings, and no two seeds, see the same order."""
-    if not hasattr(data.train, "set_epoch"):
-        return data
-    return replace(data, train=LaterEpochs(data.train, number * LATER))
-
-
-def _append(
-    history: list[Mapping[str, float]], rows: Iterable[Mapping[str, float]], phase: float
-) -> None:
-    start = history[-1]["step"] if history else 0.0
-    history += [{**row, "step": start + row["step"], "phase": phase} for row in rows]
 
 
 def _notes(

@@ -15,8 +15,7 @@ from lamina.methods.magnitude import prune
 from lamina.network.sites import Site, Sites, as_matrix
 from lamina.network.source import Network
 from lamina.plan import Budget, Edited, Plan
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.decide import write_plan
 from lamina.recipes.sharing import share
 
 
@@ -69,11 +68,7 @@ def plan_of(
         change = as_matrix(site, values.dense() - weights["weight"].cpu())
         error = predict_error(stats.of(site.name), matrix.cpu(), change)
         taken[site.name] = Candidate(site.name, steps, Cost(params, bits, site.macs), error)
-    return make_plan(
-        network, taken, budget, "sum" if stats.samples else "minimax",
-        original_cost(network, sites), fixed_cost(network, sites),
-        {name: (candidate,) for name, candidate in taken.items()},
-    )  # fmt: skip
+    return write_plan(network, sites, stats, taken, budget)
 
 
 def left_alone(sites: Sites, done: Sequence[Site]) -> list[str]:

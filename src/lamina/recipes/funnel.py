@@ -23,7 +23,6 @@ from typing import ClassVar
 
 import torch
 
-from lamina.data import Data
 from lamina.errors import MethodError
 from lamina.forms import Edit, Plain, find_tensor, install
 from lamina.measure.stats import Cost, Stats, predict_error
@@ -33,17 +32,15 @@ from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 from lamina.plan import Edited, Plan
 from lamina.plan.apply import copy_module
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.costs import original_cost
+from lamina.plan.decide import write_plan
 from lamina.recipes.followed import Followed
-from lamina.recipes.retraining import LaterEpochs, check_data
+from lamina.recipes.retraining import add_phase, check_data, later
 from lamina.recipes.settings import check_training, is_number
 from lamina.stages import Way
 from lamina.train import Recovery, recover
 from lamina.train.funnel import Cut
 from lamina.train.gating import Gating, Learned, train_gates
-
-LATER = 10_000  # epochs of the training data between one training and the next
 
 
 @dataclass(frozen=True)
@@ -109,23 +106,20 @@ class Funnel:
                 distill=self.distill, seed=way.seed,
             )  # fmt: skip
             learned = train_gates(
-                way.network, layers, stats, _part(data, 2 * way.seed), gating, way.say("gate")
+                way.network, layers, stats, later(data, 2 * way.seed), gating, way.say("gate")
             )
             edited = absorbed(way.network, layers, learned)
         history = [{**row, "phase": 1.0} for row in learned.history]
         if self.last:
             with way.timed("recover"):
                 result = recover(
-                    way.network, edited, _part(data, 2 * way.seed + 1),
+                    way.network, edited, later(data, 2 * way.seed + 1),
                     Recovery(epochs=self.last, lr=self.lr, decay=self.decay, distill=self.distill,
                              rate=False, seed=way.seed + 1),
                     progress=way.say("recover"),
                 )  # fmt: skip
             edited = result.edited
-            start = history[-1]["step"] if history else 0.0
-            history += [
-                {**row, "step": start + row["step"], "phase": 2.0} for row in result.history
-            ]
+            add_phase(history, result.history, 2.0)
         plan = funnel_plan(way, sites, stats, learned.cuts)
         settings = {"recipe": self.name, **asdict(self), "macs": share}
         notes = _notes(learned, layers, gating.limit, whole)
@@ -208,11 +202,7 @@ def funnel_plan(way: Way, sites: Sites, stats: Stats, cuts: Mapping[str, Cut]) -
             taken[site.name] = next(iter(get_method("keep").propose(site, weights, None)))
         else:
             taken[site.name] = _tucker(site, weights, stats, cut.ranks)
-    return make_plan(
-        way.network, taken, way.budget, "sum" if stats.samples else "minimax",
-        original_cost(way.network, sites), fixed_cost(way.network, sites),
-        {name: (candidate,) for name, candidate in taken.items()},
-    )  # fmt: skip
+    return write_plan(way.network, sites, stats, taken, way.budget)
 
 
 def _tucker(site: Site, weights: Weights, stats: Stats, ranks: tuple[int, int]) -> Candidate:
@@ -232,13 +222,6 @@ def _tucker(site: Site, weights: Weights, stats: Stats, ranks: tuple[int, int]) 
     steps = (Step("tucker", site.name, settings), *(step for c in kept for step in c.steps))
     error = predict_error(seen, whole[None].cpu(), change[None].cpu())
     return Candidate(site.name, steps, cost, error)
-
-
-def _part(data: Data, number: int) -> Data:
-    """Return the data with other epochs: no two trainings, and no two seeds, see the same order."""
-    if not hasattr(data.train, "set_epoch"):
-        return data
-    return replace(data, train=LaterEpochs(data.train, number * LATER))
 
 
 def _notes(learned: Learned, sites: Sequence[Site], limit: float, whole: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lamina.errors import SiteError
@@ -15,8 +15,8 @@ from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.network.trace import trace
 from lamina.plan import Edited, Plan
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.costs import fixed_cost
+from lamina.plan.decide import write_plan
 from lamina.plan.spans import parts_of
 from lamina.recipes.tying import Bundle
 from lamina.stages import Way
@@ -89,8 +89,4 @@ def fusion_plan(
     if dropped:  # norms go with their blocks
         whole = sum(p.numel() for p in dropped.model.parameters())
         fixed = replace(fixed, params=whole - sum(c.cost.params for c in taken.values()))
-    offers: Mapping[str, tuple[Candidate, ...]] = {name: (c,) for name, c in taken.items()}
-    return make_plan(
-        network, taken, way.budget, "sum" if stats.samples else "minimax",
-        original_cost(network, sites), fixed, offers,
-    )  # fmt: skip
+    return write_plan(network, sites, stats, taken, way.budget, fixed)

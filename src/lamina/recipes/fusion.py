@@ -37,13 +37,7 @@ from lamina.plan import Edited
 from lamina.plan.apply import copy_module
 from lamina.recipes.followed import Followed
 from lamina.recipes.fusing import droppable, fusion_plan
-from lamina.recipes.retraining import (
-    DROPOUTS,
-    EPOCHS,
-    LaterEpochs,
-    check_data,
-    scaled_dropout,
-)
+from lamina.recipes.retraining import DROPOUTS, add_phase, check_data, later, scaled_dropout
 from lamina.recipes.settings import check_training, check_whole, is_number
 from lamina.recipes.tying import (
     MEASURES,
@@ -309,10 +303,7 @@ class _Fusing:
             epochs=epochs, optimizer=one.optimizer, lr=one.lr, distill=one.distill, rate=False,
             decay=one.decay, half=one.half, seed=self.way.seed + self.phase - 1,
         )  # fmt: skip
-        data = self.data
-        if hasattr(data.train, "set_epoch"):
-            first = self.way.seed * EPOCHS + self.seen
-            data = replace(data, train=LaterEpochs(data.train, first))
+        data = later(self.data, self.way.seed, self.seen)
         edited = self.edited()
         rates = {name: m.p for name, m in edited.model.named_modules() if isinstance(m, DROPOUTS)}
         for name, rate in rates.items():  # fewer parameters need less regularisation
@@ -321,11 +312,7 @@ class _Fusing:
         for name, rate in rates.items():
             _dropout(result.edited.model, name).p = rate
         self.seen += math.ceil(epochs)
-        start = self.history[-1]["step"] if self.history else 0.0
-        self.history += [
-            {**row, "step": start + row["step"], "phase": float(self.phase)}
-            for row in result.history
-        ]
+        add_phase(self.history, result.history, float(self.phase))
         self.network = result.edited.network
 
     def edited(self, copy: bool = False) -> Edited:

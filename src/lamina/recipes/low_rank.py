@@ -15,7 +15,6 @@ by the original. Everything that is a parameter is counted, and a budget is kept
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ from lamina.plan.spectral import SCORES
 from lamina.recipes.followed import Followed
 from lamina.recipes.pairs import choose_pairs, pairs_plan, recomposed
 from lamina.recipes.pruning import at_round
-from lamina.recipes.retraining import check_data
+from lamina.recipes.retraining import add_phase, check_data
 from lamina.recipes.selectors import SELECTORS
 from lamina.recipes.settings import check_training, check_whole, is_number
 from lamina.stages import Way, applied
@@ -107,7 +106,7 @@ class LowRank:
         data = check_data(way.data, self.name) if self.trains else way.data
         keep = self._share(way)
         network, seen = way.network, stats
-        history: list[Mapping[str, float]] = []
+        history: list[dict[str, float]] = []
         for number in range(1, self.rounds + 1):
             with way.timed("select"):
                 if number > 1 and stats.samples:
@@ -131,11 +130,7 @@ class LowRank:
                         progress=way.say("recover"),
                     )  # fmt: skip
                 edited = result.edited
-                start = history[-1]["step"] if history else 0.0
-                history += [
-                    {**row, "step": start + row["step"], "phase": float(number)}
-                    for row in result.history
-                ]
+                add_phase(history, result.history, float(number))
             if number < self.rounds:
                 network = recomposed(way.network, edited, sites)
         if self.rounds > 1:  # they choose on composed layers; the plan is for the original

@@ -12,8 +12,8 @@ from lamina.methods.base import Candidate, Step
 from lamina.network.sites import Sites
 from lamina.network.source import Network
 from lamina.plan import Budget, Edited, Plan
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.costs import fixed_cost
+from lamina.plan.decide import write_plan
 from lamina.recipes.merge_tables import Option
 
 
@@ -69,7 +69,4 @@ def merge_plan(
     fixed = fixed_cost(network, sites)
     whole = sum(p.numel() for p in edited.model.parameters())
     fixed = replace(fixed, params=whole - params)
-    return make_plan(
-        network, taken, budget, "sum" if stats.samples else "minimax",
-        original_cost(network, sites), fixed, {name: (c,) for name, c in taken.items()},
-    )  # fmt: skip
+    return write_plan(network, sites, stats, taken, budget, fixed)

@@ -19,8 +19,8 @@ from lamina.network.sites import Site, Sites, as_matrix
 from lamina.network.source import Network
 from lamina.plan import Budget, Edited, Plan
 from lamina.plan.apply import copy_module
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.costs import original_cost
+from lamina.plan.decide import write_plan
 from lamina.recipes.selectors import NEED_STATS, Chosen, Work, by_loss, by_outputs, by_spectra
 
 
@@ -123,13 +123,8 @@ def pairs_plan(network: Network, sites: Sites, stats: Stats, chosen: Chosen, kee
             taken[site.name] = pair_candidate(network, site, seen, chosen[site.name], alds, kept)
         else:
             (taken[site.name],) = kept.propose(site, weights_of(network, site), seen)
-    original = original_cost(network, sites)
-    budget = Budget(params=max(1.0, keep * original.params))
-    return make_plan(
-        network, taken, budget, "sum" if stats.samples else "minimax",
-        original, fixed_cost(network, sites),
-        {name: (candidate,) for name, candidate in taken.items()},
-    )  # fmt: skip
+    budget = Budget(params=max(1.0, keep * original_cost(network, sites).params))
+    return write_plan(network, sites, stats, taken, budget)
 
 
 def pair_candidate(

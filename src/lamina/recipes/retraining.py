@@ -20,7 +20,7 @@ from lamina.recipes.pruning import at_round, pruned
 from lamina.recipes.settings import Pruning
 from lamina.train import Recovery, recover
 
-EPOCHS = 10_000  # of the training data between one seed and the next
+EPOCHS = 10_000  # of the training data between one training and the next
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -87,6 +87,27 @@ class LaterEpochs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
+
+
+def later(data: Data, number: int, seen: int = 0) -> Data:
+    """Return the data with other epochs: no two trainings, and no two seeds, see the same order.
+
+    Args:
+        data: for training.
+        number: of the training.
+        seen: epochs of it that are done.
+    """
+    if not hasattr(data.train, "set_epoch"):
+        return data
+    return replace(data, train=LaterEpochs(data.train, number * EPOCHS + seen))
+
+
+def add_phase(
+    history: list[dict[str, float]], rows: Iterable[Mapping[str, float]], phase: float
+) -> None:
+    """Append the rows of one more training; steps are counted on."""
+    start = history[-1]["step"] if history else 0.0
+    history += [{**row, "step": start + row["step"], "phase": phase} for row in rows]
 
 
 @dataclass
@@ -176,9 +197,7 @@ class Session:
             for tensor, was in zip(fixed, were, strict=True):
                 tensor.requires_grad_(was)
             return  # the last layer is done
-        data = self.data
-        if hasattr(data.train, "set_epoch"):
-            data = replace(data, train=LaterEpochs(data.train, self.seed * EPOCHS + self.seen))
+        data = later(self.data, self.seed, self.seen)
         with dropout_scaled(model, left):
             result = recover(self.original, self.edited, data, recovery, progress=self.say)
         self.seen += math.ceil(epochs)
@@ -190,9 +209,7 @@ class Session:
             m.p = rate
         for name, was in zip(frozen, were, strict=True):
             find_tensor(new, name).requires_grad_(was)
-        start = self.history[-1]["step"] if self.history else 0.0
-        for row in result.history:
-            self.history.append({**row, "step": start + row["step"], "phase": float(self.phases)})
+        add_phase(self.history, result.history, float(self.phases))
         self.edited = result.edited
 
     def _left(self, site: Site) -> float:

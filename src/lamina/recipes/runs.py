@@ -6,6 +6,7 @@ all of this and nothing else, the whole module can become one convolution.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,9 +121,7 @@ class _Walk:
         self.ran: dict[str, list[Op]] = {}
         for op in flow.ops:
             self.ran.setdefault(op.module, []).append(op)
-        self.paths: dict[int, int] = {}
-        for _, module in root.named_modules(remove_duplicate=False):
-            self.paths[id(module)] = self.paths.get(id(module), 0) + 1
+        self.paths = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
         self.refused: dict[str, str] = {}
         self.sites: dict[str, Site] = {}  # by the name of the convolution's op
         for site in sites.layers:

@@ -26,7 +26,8 @@ from lamina.errors import InfeasibleError
 from lamina.measure.low_rank import damp, fold_basis, losses_of_ranks
 from lamina.measure.pca import output_energies
 from lamina.measure.stats import LayerStats
-from lamina.methods.alds.leaves import about_mean, channels_of
+from lamina.methods.alds.leaves import about_mean
+from lamina.methods.layers import channels_of
 from lamina.network.sites import Site
 from lamina.plan.allocate import allocate
 from lamina.plan.baselines import constant_energy, constant_ratio, l_rank, svd_error, tail_shares

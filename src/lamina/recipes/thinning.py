@@ -14,8 +14,8 @@ from lamina.methods.base import Candidate, Step, weights_of
 from lamina.network.sites import Sites, as_matrix
 from lamina.network.source import Network
 from lamina.plan import Budget, Edited, Plan
-from lamina.plan.costs import fixed_cost, original_cost
-from lamina.plan.decide import make_plan
+from lamina.plan.costs import fixed_cost
+from lamina.plan.decide import write_plan
 from lamina.recipes.widths import Width
 
 
@@ -65,8 +65,4 @@ def thin_plan(
         fixed = replace(fixed, bits=fixed.bits - 32.0 * fewer)
     whole = sum(p.numel() for p in edited.model.parameters())
     fixed = replace(fixed, params=whole - params)
-    return make_plan(
-        network, taken, budget, "sum" if stats.samples else "minimax",
-        original_cost(network, sites), fixed,
-        {name: (candidate,) for name, candidate in taken.items()},
-    )  # fmt: skip
+    return write_plan(network, sites, stats, taken, budget, fixed)

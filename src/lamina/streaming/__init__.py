@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import BudgetError, NetworkError
+from lamina.measure.memory import free_memory
 from lamina.network.shards import open_shards
 from lamina.streaming.folder import Streamed, compress_folder
-from lamina.streaming.memory import free_memory
 
 __all__ = ["Streamed", "compress_folder", "free_memory", "refuse_beside", "why_stream"]
 

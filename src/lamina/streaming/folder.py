@@ -19,6 +19,7 @@ from lamina.data import as_data
 from lamina.data import load as load_data
 from lamina.errors import BudgetError, InfeasibleError
 from lamina.forms import install
+from lamina.measure.memory import give_back
 from lamina.measure.stats import Stats
 from lamina.methods.base import Candidate
 from lamina.network.discover import discover
@@ -35,7 +36,6 @@ from lamina.stages import Watch, Way, chains_of, noted
 from lamina.streaming.costs import fixed_cost, original_cost
 from lamina.streaming.facts import collect
 from lamina.streaming.layers import code_layer, code_rest
-from lamina.streaming.memory import give_back
 from lamina.streaming.parts import Part, Written, assemble
 from lamina.streaming.sampled import SHORT, offers_of
 from lamina.streaming.sequential import NOTE, Survey, coded_in_order, surveyed

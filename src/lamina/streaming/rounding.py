@@ -20,8 +20,8 @@ from lamina.artifact import records
 from lamina.codecs import blocks
 from lamina.codecs.fields import varint
 from lamina.errors import MethodError, SiteError
+from lamina.measure.memory import give_back
 from lamina.network.lazy import Lazy
-from lamina.streaming.memory import give_back
 
 Array = NDArray[Any]
 MOST = 1 << 26  # the largest integer asked for, as `rdoq`

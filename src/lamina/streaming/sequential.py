@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lamina.artifact import records, streams
 from lamina.errors import DataError
 from lamina.measure.forward import Batch, at_rest, batches
+from lamina.measure.memory import give_back
 from lamina.measure.stats import LayerStats, Stats
 from lamina.measure.store import load_stats, save_stats
 from lamina.methods.base import Candidate, Method
@@ -31,7 +32,6 @@ from lamina.run import key_of
 from lamina.stages import Way, data_key
 from lamina.streaming.blocks import Passing, Stack, enter, find_blocks, leave, run_block, whole
 from lamina.streaming.layers import code_layer
-from lamina.streaming.memory import give_back
 from lamina.streaming.parts import Part
 from lamina.streaming.surveyed import survey_layer
 from lamina.streaming.watching import Watch, blind_stats

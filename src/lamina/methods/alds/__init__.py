@@ -32,34 +32,32 @@ eq. 2 (Theorem 1), eq. 8. Eckart, Young 1936; the metric: Martens, Grosse 2015, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 
 from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
+from lamina.errors import MethodError
 from lamina.forms import Edit
 from lamina.measure.certificates import bound_paper, bound_rss, score_repo, unfolded_bound
 from lamina.measure.low_rank import damp, fold_basis, losses_of_ranks
 from lamina.measure.schemes import Scheme, distinct_schemes, fold
 from lamina.measure.spectra import fold_spectra
 from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.alds.leaves import about_mean, channels_of, leaf_sites, leaf_stats
+from lamina.methods.alds.leaves import about_mean, leaf_sites, leaf_stats
 from lamina.methods.alds.metrics import factors_of, read_metric, with_bias
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Step, Weights
+from lamina.methods.layers import (
     apply_leaves,
+    channels_of,
+    misfit,
+    only_matrix,
+    why_no_form,
+    why_tied,
 )
-from lamina.network.sites import STRUCTURAL, Site, as_matrix
+from lamina.methods.offers import falling
+from lamina.network.sites import STRUCTURAL, Site
 from lamina.network.source import Network
 
 __all__ = ["Alds", "leaf_sites", "leaf_stats", "method", "rank_grid"]
@@ -117,19 +115,7 @@ class Alds:
 
     def refuse(self, site: Site) -> str:
         """Return why the layer cannot become a pair, or `""`."""
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not one layer"
-        if site.op not in STRUCTURAL:
-            return f"there is no low rank pair of layers for the operation {site.op}"
-        if site.rigid:
-            return site.rigid
-        if site.groups != 1:
-            return f"it has {site.groups} groups, and only an ungrouped layer can be folded"
-        if site.aliases:
-            return f"its weight is tied to {', '.join(site.aliases)}"
-        if not site.module:
-            return "it is the whole network, and a pair needs a module to be put into"
-        return ""
+        return why_no_form(site, "low rank pair", STRUCTURAL) or why_tied(site)
 
     def propose(
         self, site: Site, weights: Weights, stats: LayerStats | None
@@ -141,7 +127,7 @@ class Alds:
         """
         if self.refuse(site) or not weights["weight"].numel():
             return ()
-        matrix = _matrix(site, weights["weight"])
+        matrix = only_matrix(site, weights)
         stats, mean = _seen(site, stats)
         grids = self._grids(site)
         offers = self._without_data(matrix, grids, site) if stats is None else []
@@ -166,9 +152,7 @@ class Alds:
             candidates.append(Candidate(site.name, (step,), cost, offer.error))
         # The edit itself has a length: of two offers with nearly the same parameters the one that
         # names a scheme can be the dearer.
-        candidates.sort(key=lambda c: (c.cost.bits, c.cost.params))
-        best = accumulate((c.error for c in candidates), min, initial=math.inf)
-        return tuple(c for c, least in zip(candidates, best, strict=False) if c.error < least)
+        return tuple(falling(sorted(candidates, key=lambda c: (c.cost.bits, c.cost.params))))
 
     def _grids(self, site: Site) -> dict[Way, list[int]]:
         """Return the ranks to look at, by scheme and folds."""
@@ -246,7 +230,7 @@ class Alds:
         """
         folds, rank, scheme = _read(site, settings)
         metric, added = read_metric(site, settings)
-        weight, matrix = weights["weight"], _matrix(site, weights["weight"])
+        weight, matrix = weights["weight"], only_matrix(site, weights)
         encode, decode, bias = factors_of(
             matrix, weights.get("bias"), stats, metric, folds, rank, scheme, weight.dtype, added
         )
@@ -315,17 +299,6 @@ def _metric(stats: LayerStats | None) -> tuple[torch.Tensor | None, torch.Tensor
     return (None, None) if stats is None else (damp(stats.H[0]), damp(stats.G[0]))
 
 
-def _matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        raise SiteError(
-            "the weights are not finite",
-            site.name,
-            "NaN or inf has no spectrum",
-            "mend the network",
-        )
-    return as_matrix(site, weight)[0].to(torch.float64)
-
-
 def _read(site: Site, settings: Settings) -> tuple[int, int, Scheme]:
     folds, rank, number = (
         settings.get(k, v) for k, v in (("folds", 1), ("rank", 0), ("scheme", 0))
@@ -337,12 +310,8 @@ def _read(site: Site, settings: Settings) -> tuple[int, int, Scheme]:
     wrong = wrong or number not in ((0, 1, 2, 3) if len(kernel) == 2 else (0,))
     scheme = Scheme(0 if wrong else number, kernel)
     if wrong or not 1 <= rank <= min(f * scheme.after, n // folds // scheme.after):
-        raise MethodError(
-            "alds does not have these settings for this layer",
-            site.name,
-            repr(dict(settings)),
-            f"folds divide {channels}, and rank is at least 1 and at most that of a fold",
-        )
+        fix = f"folds divide {channels}, and rank is at least 1 and at most that of a fold"
+        raise misfit("alds", settings, fix, site)
     return folds, rank, scheme
 
 
@@ -370,11 +339,7 @@ def _by_way(offers: list[Offer]) -> dict[Way, list[int]]:
 
 def _front(offers: list[Offer]) -> list[Offer]:
     """Keep the offers that no cheaper one beats, cheapest first."""
-    front: list[Offer] = []
-    for offer in sorted(offers, key=lambda o: o.key):
-        if not front or offer.error < front[-1].error:
-            front.append(offer)
-    return front
+    return falling(sorted(offers, key=lambda o: o.key))
 
 
 method = Alds()

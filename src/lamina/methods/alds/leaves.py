@@ -11,12 +11,8 @@ from lamina.forms.low_rank import split_axes
 from lamina.measure.low_rank import damp, encoded_moments, split_moments
 from lamina.measure.schemes import PLAIN, Scheme, expand, split_taps
 from lamina.measure.stats import LayerStats
+from lamina.methods.layers import channels_of, site_inside
 from lamina.network.sites import Site
-
-
-def channels_of(site: Site) -> int:
-    """Return the input channels of a layer."""
-    return site.shape[0] if site.transposed else site.shape[1]
 
 
 def leaf_sites(site: Site, folds: int, rank: int, scheme: int = 0) -> tuple[Site, Site]:
@@ -30,25 +26,9 @@ def leaf_sites(site: Site, folds: int, rank: int, scheme: int = 0) -> tuple[Site
     conv = site.op == "conv"
     taps = Scheme(scheme, site.kernel if conv else ())
     between = _between(site, scheme)
-    first = replace(
-        site,
-        name=f"{site.name}.0",
-        module=f"{site.module}.0",
-        weight=f"{site.module}.0.weight",
-        bias="",
-        shape=(folds * rank, channels_of(site) // folds, *taps.encoder),
-        groups=folds,
-        transposed=False,
-    )
-    second = replace(
-        first,
-        name=f"{site.name}.1",
-        module=f"{site.module}.1",
-        weight=f"{site.module}.1.weight",
-        bias=f"{site.module}.1.bias" if site.bias else "",
-        shape=(f, folds * rank, *taps.decoder),
-        groups=1,
-    )
+    inside = (folds * rank, channels_of(site) // folds, *taps.encoder)
+    first = site_inside(site, 0, bias="", shape=inside, groups=folds)
+    second = site_inside(site, 1, shape=(f, folds * rank, *taps.decoder), groups=1)
     if not conv:
         return first, second
     positions = site.positions

@@ -18,6 +18,7 @@ from lamina.measure.pca import principal_bias, principal_pair
 from lamina.measure.schemes import Scheme
 from lamina.measure.stats import LayerStats
 from lamina.methods.alds.leaves import about_mean, shifted_bias
+from lamina.methods.layers import misfit
 from lamina.network.sites import Site
 
 METRICS = ("loss", "weights", "outputs")
@@ -38,7 +39,7 @@ def read_metric(site: Site, settings: Mapping[str, Any]) -> tuple[str, bool]:
     elif type(more) is not int or more not in (0, 1) or (more and metric != "outputs"):
         why = "a bias is 0 or 1, and only the outputs' metric adds one"
     if why:
-        raise MethodError("alds does not have these settings", site.name, repr(dict(settings)), why)
+        raise misfit("alds", settings, why, site)
     return metric, bool(more) and not site.bias
 
 

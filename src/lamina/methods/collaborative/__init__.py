@@ -38,22 +38,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit
 from lamina.measure.low_rank import damp
 from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    apply_leaves,
-)
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Step, Weights
 from lamina.methods.collaborative.problem import Problem
-from lamina.network.sites import STRUCTURAL, Site, as_matrix
+from lamina.methods.layers import (
+    apply_leaves,
+    channels_of,
+    misfit,
+    only_matrix,
+    site_inside,
+    why_no_form,
+    why_tied,
+)
+from lamina.methods.offers import front
+from lamina.network.sites import STRUCTURAL, Site
 from lamina.network.source import Network
 
 
@@ -70,21 +70,9 @@ class Collaborative:
 
     def refuse(self, site: Site) -> str:
         """Return why the layer cannot do without channels, or `""`."""
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not one layer"
-        if site.op not in STRUCTURAL:
-            return f"inputs cannot be gathered for the operation {site.op}"
-        if site.rigid:
-            return site.rigid
-        if site.groups != 1:
-            return f"it has {site.groups} groups, and a gather would take from one of them"
-        if site.aliases:
-            return f"its weight is tied to {', '.join(site.aliases)}"
-        if not site.module:
-            return "it is the whole network, and a gather needs a module to be put into"
-        if _channels(site) < 2:
-            return "it has one input channel, which it needs"
-        return ""
+        if why := why_no_form(site, "gathered layer", STRUCTURAL) or why_tied(site):
+            return why
+        return "it has one input channel, which it needs" if channels_of(site) < 2 else ""
 
     def propose(
         self, site: Site, weights: Weights, stats: LayerStats | None
@@ -96,8 +84,7 @@ class Collaborative:
         """
         if self.refuse(site) or not weights["weight"].numel():
             return ()
-        weight = weights["weight"]
-        problem = _problem(site, weight, stats)
+        weight, problem = weights["weight"], _problem(site, weights, stats)
         width = 8 * values_bytes(weight) / weight.numel()
         bias = weights["bias"].numel() if "bias" in weights else 0
         rest = 8 * values_bytes(weights["bias"]) if bias else 0.0
@@ -111,7 +98,7 @@ class Collaborative:
                 settings["rank"] = rank
             step = Step(self.name, site.name, settings)
             found.append(Candidate(site.name, (step,), cost, error))
-        return tuple(_front(found))
+        return front(found)
 
     def leave(
         self, site: Site, weights: Weights, stats: LayerStats | None, settings: Settings
@@ -123,21 +110,12 @@ class Collaborative:
             MethodError: the settings do not fit the layer.
         """
         kept, rank = _read(site, settings)
-        weight = weights["weight"]
-        problem = _problem(site, weight, stats)
+        weight, problem = weights["weight"], _problem(site, weights, stats)
         columns = problem.columns(kept)
         n, m = site.matrix_shape[1], len(kept)
         bits = 8 * values_bytes(torch.tensor(kept))
         conv = site.op == "conv"
-        first = replace(
-            site,
-            name=f"{site.name}.1",
-            module=f"{site.module}.1",
-            weight=f"{site.module}.1.weight",
-            bias=f"{site.module}.1.bias" if site.bias else "",
-            shape=(n, m, *(site.kernel if conv else ())),
-            transposed=False,
-        )
+        first = site_inside(site, 1, shape=(n, m, *(site.kernel if conv else ())))
         bias = {"bias": weights["bias"]} if "bias" in weights else {}
         if rank is None:
             dense = problem.values(kept).to(weight.dtype).reshape(first.shape)
@@ -146,12 +124,9 @@ class Collaborative:
         encode, decode = (t.to(weight.dtype) for t in problem.pair(kept, rank))
         inside = {"weight": encode.reshape(rank, m, *(site.kernel if conv else ()))}
         ones = (1,) * len(site.kernel)
-        second = replace(
-            first,
-            name=f"{site.name}.2",
-            module=f"{site.module}.2",
-            weight=f"{site.module}.2.weight",
-            bias=f"{site.module}.2.bias" if site.bias else "",
+        second = site_inside(
+            site,
+            2,
             shape=(n, rank, *(ones if conv else ())),
             kernel=ones,
             stride=ones,
@@ -190,17 +165,9 @@ class Collaborative:
 # --- its parts -----------------------------------------------------------------------------------
 
 
-def _problem(site: Site, weight: torch.Tensor, stats: LayerStats | None) -> Problem:
-    if not bool(torch.isfinite(weight).all()):
-        why = "NaN or inf has no least squares"
-        raise SiteError("the weights are not finite", site.name, why, "mend the network")
-    matrix = as_matrix(site, weight)[0].to(torch.float64)
+def _problem(site: Site, weights: Weights, stats: LayerStats | None) -> Problem:
     H, G = (None, None) if stats is None else (damp(stats.H[0]), damp(stats.G[0]))
-    return Problem(matrix, _channels(site), stats, H, G)
-
-
-def _channels(site: Site) -> int:
-    return site.shape[0] if site.transposed else site.shape[1]
+    return Problem(only_matrix(site, weights), channels_of(site), stats, H, G)
 
 
 def _seen(stats: LayerStats, columns: torch.Tensor) -> LayerStats:
@@ -233,7 +200,7 @@ def _mask(kept: Iterable[int]) -> str:
 def _read(site: Site, settings: Settings) -> tuple[tuple[int, ...], int | None]:
     """Return the channels kept, and the rank where it is cut."""
     count, mask, rank = (settings.get(k) for k in ("channels", "kept", "rank"))
-    channels, (n, inputs) = _channels(site), site.matrix_shape[1:]
+    channels, (n, inputs) = channels_of(site), site.matrix_shape[1:]
     try:
         bits = int(mask, 16) if isinstance(mask, str) and len(mask) <= channels else 0
     except ValueError:
@@ -247,22 +214,9 @@ def _read(site: Site, settings: Settings) -> tuple[tuple[int, ...], int | None]:
         or count != len(kept)
         or not (rank is None or (isinstance(rank, int) and 1 <= rank <= most))
     ):
-        raise MethodError(
-            "collaborative does not have these settings for this layer",
-            site.name,
-            repr(dict(settings)),
-            f"kept is a hexadecimal number of {channels} bits, channels of them set",
-        )
+        fix = f"kept is a hexadecimal number of {channels} bits, channels of them set"
+        raise misfit("collaborative", settings, fix, site)
     return kept, rank
-
-
-def _front(offers: Iterable[Candidate]) -> list[Candidate]:
-    """Keep the offers that no cheaper one beats, cheapest first."""
-    front: list[Candidate] = []
-    for offer in sorted(offers, key=lambda c: (c.cost.bits, c.error)):
-        if not front or offer.error < front[-1].error:
-            front.append(offer)
-    return front
 
 
 method = Collaborative()

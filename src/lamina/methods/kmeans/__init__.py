@@ -33,22 +33,14 @@ import numpy as np
 import torch
 
 from lamina import codecs
-from lamina.artifact.records import values_bytes
 from lamina.codecs.alike import ROWS, Curve, corrected, spread
-from lamina.errors import MethodError, SiteError
-from lamina.forms import Codebook, Edit, Plain
-from lamina.measure.stats import Cost, LayerStats, predict_error
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.errors import MethodError
+from lamina.forms import Codebook, Edit
+from lamina.measure.stats import LayerStats, diagonal_of, predict_error
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights, weights_of
 from lamina.methods.kmeans.centroids import Ints, assign, fit_centroids
+from lamina.methods.layers import check_finite, check_served, edit_values, keep_values
+from lamina.methods.offers import offer_values, other_bytes
 from lamina.network.sites import Site, as_matrix, from_matrix
 from lamina.network.source import Network
 
@@ -87,8 +79,7 @@ class KMeans:
         if not weight.numel():
             return ()
         matrix = as_matrix(site, weight)
-        extra = sum(8.0 * values_bytes(t) for k, t in weights.items() if k != "weight")
-        params = sum(t.numel() for t in weights.values())
+        extra = other_bytes(weights)
         offers: list[tuple[float, float, Settings, Codebook]] = []
         for weighted in (False, True) if stats is not None else (False,):
             forms = shared(site, weight, stats, SIZES, weighted)
@@ -102,12 +93,7 @@ class KMeans:
                 front.append(offer)
         bits = np.maximum.accumulate(sizes_of([offer[3] for offer in front])).tolist()
         return tuple(
-            Candidate(
-                site.name,
-                (Step(self.name, site.name, settings),),
-                Cost(params, size + extra, site.macs),
-                error,
-            )
+            offer_values(self.name, site, weights, settings, size / 8 + extra, error)
             for size, (_, error, settings, _) in zip(bits, front, strict=True)
         )
 
@@ -131,15 +117,14 @@ class KMeans:
             curves.append(Curve.of(places, forms, _quick_bytes, _bytes if i in exactly else None))
         found = []
         for leaf, errors, sizes in zip(leaves, lost, corrected(curves), strict=True):
-            extra = sum(8.0 * values_bytes(t) for k, t in leaf.weights.items() if k != "weight")
-            params = sum(t.numel() for t in leaf.weights.values())
+            extra = other_bytes(leaf.weights)
             offers: list[Candidate] = []
-            for size, error, length in zip(ALIKE_SIZES, errors, sizes, strict=True):
-                settings = {"k": size, "weighted": leaf.stats is not None}
-                cost = Cost(params, 8 * length + extra, leaf.site.macs)
-                chain = (Step(self.name, leaf.site.name, settings),)
-                if not offers or (error < offers[-1].error and cost.bits > offers[-1].cost.bits):
-                    offers.append(Candidate(leaf.site.name, chain, cost, error))
+            for k, error, length in zip(ALIKE_SIZES, errors, sizes, strict=True):
+                settings, size = {"k": k, "weighted": leaf.stats is not None}, length + extra
+                one = offer_values(self.name, leaf.site, leaf.weights, settings, size, error)
+                last = offers[-1] if offers else None
+                if last is None or (error < last.error and one.cost.bits > last.cost.bits):
+                    offers.append(one)
             found.append(tuple(offers))
         return found
 
@@ -160,17 +145,13 @@ class KMeans:
             MethodError: the settings do not fit.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
+        check_served(self, site)
         size, weighted = choice.settings.get("k"), bool(choice.settings.get("weighted", False))
         if not isinstance(size, int) or not 2 <= size <= 256:
             raise MethodError("kmeans does not have this k", repr(size), "", "k is 2 to 256")
         weights = weights_of(network, site)
         (form,) = shared(site, weights["weight"], stats, (size,), weighted)
-        edits = [Edit(site.weight, "values", values=form)]
-        if "bias" in weights:
-            edits.append(Edit(site.bias, "values", values=Plain(weights["bias"])))
-        return edits
+        return edit_values(site, {**keep_values(weights), "weight": form})
 
 
 def shared(
@@ -186,19 +167,12 @@ def shared(
         SiteError: the weights are not finite.
         MethodError: a weighted fit is asked for without statistics.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise SiteError(
-            "the weights are not finite",
-            site.name,
-            "NaN or inf has no centroid",
-            "mend the network",
-        )
+    check_finite(site.name, weight)
     importance = None
     if weighted:
         if stats is None:
             raise MethodError("weighted k-means needs statistics", site.name, "this run has none")
-        h = stats.H if stats.H.dim() == 2 else stats.H.diagonal(dim1=-2, dim2=-1)
-        g = stats.G if stats.G.dim() == 2 else stats.G.diagonal(dim1=-2, dim2=-1)
+        h, g = diagonal_of(stats.H), diagonal_of(stats.G)
         both = (g[:, :, None] * h[:, None, :]).clamp_min(0)
         importance = from_matrix(site, both).cpu().numpy()
     values = weight.detach().to(torch.float64).cpu().numpy()

@@ -41,7 +41,7 @@ import torch
 
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 from lamina.measure.stats import Cost
 from lamina.methods.base import (
     Candidate,
@@ -51,7 +51,6 @@ from lamina.methods.base import (
     Settings,
     Stage,
     Step,
-    check_finite,
     why_no_chain,
 )
 from lamina.methods.layer_collapse.merging import (
@@ -71,6 +70,8 @@ from lamina.methods.layer_collapse.places import (
     why_not_between,
     why_not_layer,
 )
+from lamina.methods.layers import check_parts, edit_leaves, misfit
+from lamina.methods.offers import falling
 from lamina.network.sites import Site, Sites, from_matrix
 from lamina.network.source import Network
 
@@ -111,7 +112,7 @@ class LayerCollapse:
         """
         if self.refuse(site) or _why_not(parts):
             return ()
-        check_finite(site, parts)
+        check_parts(site, parts)
         members = [leaf.site for leaf in parts.members]
         before = sum(t.numel() for leaf in parts.members for t in leaf.weights.values())
         fits = {fit: merge(parts, fit) for fit in fits_of(parts)}
@@ -143,7 +144,7 @@ class LayerCollapse:
             found.append(
                 Candidate(site.name, (Step(self.name, site.name, settings),), cost, best.error)
             )
-        return tuple(_falling(found))
+        return tuple(falling(found))
 
     def leave(self, site: Site, parts: Parts, settings: Settings) -> tuple[Leaf, ...]:
         """Return the one layer, or the pair, that is left where the last layer was.
@@ -155,7 +156,7 @@ class LayerCollapse:
         fit, inputs, bias, rank = _read(site, settings)
         if why := _misfit(parts, fit, inputs, bias, rank):
             raise _unfit(site, settings, why)
-        check_finite(site, parts)
+        check_parts(site, parts)
         merged = merge(parts, fit)
         last, like = parts.members[-1], parts.members[-1].weights["weight"]
         dense = dense_site(last.site, inputs, bool(bias))
@@ -190,11 +191,7 @@ class LayerCollapse:
         if why := self.refuse(site) or _why_not(parts):
             raise SiteError(f"{self.name} cannot serve this site", site.name, why)
         leaves = self.leave(site, parts, choice.settings)
-        edits = list(self.structure(site, choice.settings))
-        for leaf in leaves:
-            names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
-            edits += [Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()]
-        return edits
+        return [*self.structure(site, choice.settings), *edit_leaves(leaves)]
 
 
 def _pair(
@@ -216,15 +213,6 @@ def _leaf(
     if site.bias and bias is not None:
         tensors["bias"] = bias.to(like)
     return Leaf(site, tensors, stats)  # type: ignore[arg-type]
-
-
-def _falling(found: list[Candidate]) -> list[Candidate]:
-    """Drop what is dearer and no better than something before it."""
-    kept: list[Candidate] = []
-    for candidate in found:
-        if not kept or candidate.error < kept[-1].error:
-            kept.append(candidate)
-    return kept
 
 
 def _has_bias(parts: Parts, fit: str) -> bool:
@@ -271,10 +259,7 @@ def _misfit(parts: Parts, fit: str, inputs: int, bias: int, rank: int) -> str:
 
 
 def _unfit(site: Site, settings: Settings, why: str) -> MethodError:
-    return MethodError(
-        "layer_collapse does not have these settings for this site", site.name,
-        repr(dict(settings)), why,
-    )  # fmt: skip
+    return misfit("layer_collapse", settings, why, site)
 
 
 method = LayerCollapse()

@@ -25,6 +25,7 @@ from lamina.methods.layer_collapse.maps import (
     scaled,
 )
 from lamina.methods.layer_collapse.places import ACTIVATIONS
+from lamina.methods.layers import site_inside
 from lamina.network.sites import Site, as_matrix
 
 FITS = ("slope", "units", "full")
@@ -237,25 +238,9 @@ def dense_site(last: Site, inputs: int, bias: bool) -> Site:
 
 def pair_sites(dense: Site, rank: int) -> tuple[Site, Site]:
     """Describe the two layers of a low rank pair in a layer's place."""
-    path, (f, n, *ones) = dense.module, dense.shape
-    first, second = f"{path}.0", f"{path}.1"
-    encode = replace(
-        dense,
-        name=first,
-        module=first,
-        weight=f"{first}.weight",
-        bias="",
-        shape=(rank, n, *ones),
-    )
-    decode = replace(
-        dense,
-        name=second,
-        module=second,
-        weight=f"{second}.weight",
-        bias=f"{second}.bias" if dense.bias else "",
-        shape=(f, rank, *ones),
-    )
-    return encode, decode
+    f, n, *ones = dense.shape
+    encode = site_inside(dense, 0, bias="", shape=(rank, n, *ones))
+    return encode, site_inside(dense, 1, shape=(f, rank, *ones))
 
 
 def dense_stats(first: LayerStats | None, last: LayerStats | None) -> LayerStats | None:

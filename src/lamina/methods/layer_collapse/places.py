@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
 
+from lamina.methods.layers import CONV1D, why_stuck
 from lamina.network.chains import ELEMENTWISE
 from lamina.network.sites import Site, Sites, cut
 
@@ -74,29 +74,18 @@ def why_not_link(pair: Site, layers: Mapping[str, Site]) -> str:
 
 def why_not_between(chain: Site) -> str:
     """Return why what lies between the layers of a chain cannot be taken out, or `""`."""
-    through = chain.through or tuple(tuple("" for _ in ops) for ops in chain.between)
-    for (a, b), ops, modules in zip(pairwise(chain.members), chain.between, through, strict=True):
-        for op, module in zip(ops, modules, strict=True):
-            where = f"between {a} and {b}"
-            if op not in ACTIVATIONS | LINEAR:
-                return (
-                    f"{module or op} {where} is a {op}, not an activation, a BatchNorm or a "
-                    "dropout: no linear map of each position stands in for it"
-                )
-            if not module:
-                return (
-                    f"{op} {where} is a call in a forward, or a module used elsewhere too: it "
-                    "cannot be taken out (make it a module of its own)"
-                )
-    return ""
+    lacking = (
+        ", not an activation, a BatchNorm or a dropout: no linear map of each position stands in "
+        "for it"
+    )
+    return why_stuck(chain, ACTIVATIONS | LINEAR, lacking)
 
 
 def why_not_layer(site: Site) -> str:
     """Return why a layer cannot be multiplied with its neighbour, or `""`."""
     if site.op not in ("linear", "conv"):
         return f"{site.name} is of the operation {site.op}"
-    # Of Hugging Face's Conv1D discovery says that no form takes its place; `resized` does.
-    if site.rigid and not (site.transposed and site.rigid == "no form replaces a Conv1D"):
+    if site.rigid and not (site.transposed and site.rigid == CONV1D):  # `resized` does
         return f"{site.name} must stay as it is: {site.rigid}"
     if site.aliases:
         return f"the weight of {site.name} is tied to {', '.join(site.aliases)}"

@@ -41,7 +41,7 @@ from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit, Plain
 from lamina.forms.tied import index_of
 from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.base import Candidate, Choice, Leaf, Parts, Settings, Stage, Step, check_finite
+from lamina.methods.base import Candidate, Choice, Leaf, Parts, Settings, Stage, Step
 from lamina.methods.layer_fusion.distances import distances
 from lamina.methods.layer_fusion.drop import block_of, check_droppable
 from lamina.methods.layer_fusion.fuse import (
@@ -55,6 +55,8 @@ from lamina.methods.layer_fusion.fuse import (
     shared_stats,
     solve,
 )
+from lamina.methods.layers import check_parts, check_served
+from lamina.methods.offers import falling
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 
@@ -95,14 +97,10 @@ class LayerFusion:
         """
         if self.refuse(site):
             return ()
-        check_finite(site, parts)
+        check_parts(site, parts)
         how = _way(site, parts)
-        found: list[Candidate] = []
-        for partition, _ in reversed(merge_order(pair_costs(parts))[1:]):
-            one = offer(site, parts, partition, how)
-            if not found or one.error < found[-1].error:
-                found.append(one)
-        return tuple(found)
+        order = reversed(merge_order(pair_costs(parts))[1:])
+        return tuple(falling(offer(site, parts, partition, how) for partition, _ in order))
 
     def leave(self, site: Site, parts: Parts, settings: Settings) -> tuple[Leaf, ...]:
         """Return one layer for each group, with the statistics of all its uses together.
@@ -150,9 +148,8 @@ class LayerFusion:
             MethodError: the settings do not fit the family.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        check_finite(site, parts)
+        check_served(self, site)
+        check_parts(site, parts)
         partition, how, mode = read_settings(site, choice.settings)
         groups = members_of(partition)
         if mode == "drop":

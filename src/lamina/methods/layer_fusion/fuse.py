@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lamina.errors import MethodError
-from lamina.measure.stats import LayerStats, predict_error
+from lamina.measure.stats import LayerStats, diagonal_of, predict_error
 from lamina.network.sites import Site, as_matrix, from_matrix
 
 COMBINES = ("mean", "freeze", "first", "max", "solve")
@@ -331,8 +331,8 @@ def shared_stats(stats: Sequence[LayerStats]) -> LayerStats:
     """
     if len(stats) == 1:
         return stats[0]
-    hs = _alike([s.H for s in stats], 3)
-    gs = _alike([s.G for s in stats], 3)
+    hs = _alike([s.H for s in stats])
+    gs = _alike([s.G for s in stats])
     scales = torch.tensor([s.scale for s in stats], dtype=torch.float64)
     gram_h, gram_g = (
         torch.tensor([[float((a * b).sum()) for b in side] for a in side], dtype=torch.float64)
@@ -367,12 +367,10 @@ def _sides(stats: LayerStats, x: Tensor) -> Tensor:
     return right * stats.G[:, :, None] if stats.G.dim() == 2 else stats.G @ right
 
 
-def _alike(parts: Sequence[Tensor], full: int) -> list[Tensor]:
+def _alike(parts: Sequence[Tensor]) -> list[Tensor]:
     """Return moments that are all matrices, or all diagonals where one is."""
-    if all(p.dim() == full for p in parts):
-        return list(parts)
-    return [p if p.dim() < full else p.diagonal(dim1=-2, dim2=-1) for p in parts]
+    return list(parts) if all(p.dim() == 3 for p in parts) else [diagonal_of(p) for p in parts]
 
 
 def _trace(moment: Tensor) -> Tensor:
-    return moment.sum(-1) if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return diagonal_of(moment).sum(-1)

@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 
 from lamina.artifact.records import values_bytes
 from lamina.errors import MethodError, SiteError
-from lamina.forms import Edit, Plain
+from lamina.forms import Edit
 from lamina.forms.merged import spelled
 from lamina.measure.stats import Cost
 from lamina.methods.base import (
@@ -48,13 +48,14 @@ from lamina.methods.base import (
     Settings,
     Stage,
     Step,
-    check_finite,
     why_no_chain,
 )
 from lamina.methods.layer_merge.fits import Fits, supports_of
 from lamina.methods.layer_merge.leaves import leaf_stats
 from lamina.methods.layer_merge.merging import Conv
 from lamina.methods.layer_merge.places import find_places, why_not_between, why_not_layer
+from lamina.methods.layers import check_parts, edit_leaves, misfit
+from lamina.methods.offers import falling
 from lamina.network.sites import Site, Sites
 from lamina.network.source import Network
 
@@ -92,7 +93,7 @@ class LayerMerge:
         """
         if self.refuse(site) or _why_not(parts):
             return ()
-        check_finite(site, parts)
+        check_parts(site, parts)
         before = sum(t.numel() for leaf in parts.members for t in leaf.weights.values())
         macs = math.fsum(leaf.site.macs for leaf in parts.members)
         deep = any(leaf.site.groups > 1 for leaf in parts.members)
@@ -110,11 +111,7 @@ class LayerMerge:
             old = found.get(fit.conv.kernel)
             if old is None or fit.error < old.error:
                 found[fit.conv.kernel] = Candidate(site.name, (step,), cost, fit.error)
-        line: list[Candidate] = []
-        for candidate in sorted(found.values(), key=lambda c: (c.cost.params, c.error)):
-            if not line or candidate.error < line[-1].error:
-                line.append(candidate)
-        return tuple(line)
+        return tuple(falling(sorted(found.values(), key=lambda c: (c.cost.params, c.error))))
 
     def leave(self, site: Site, parts: Parts, settings: Settings) -> tuple[Leaf, ...]:
         """Return the one convolution that is left, where the last layer was.
@@ -124,7 +121,7 @@ class LayerMerge:
             SiteError: the weights are not finite.
         """
         form = _read(site, settings)
-        check_finite(site, parts)
+        check_parts(site, parts)
         conv = self._merged(site, parts, settings)
         if form_of(conv) != form:
             raise _unfit(site, settings, f"these supports give {form_of(conv)}")
@@ -160,11 +157,8 @@ class LayerMerge:
         site = choice.site
         if why := self.refuse(site) or _why_not(parts):
             raise SiteError(f"{self.name} cannot serve this site", site.name, why)
-        edits = list(self.structure(site, choice.settings))
-        for leaf in self.leave(site, parts, choice.settings):
-            names = {"weight": leaf.site.weight, "bias": leaf.site.bias}
-            edits += [Edit(names[k], "values", values=Plain(t)) for k, t in leaf.weights.items()]
-        return edits
+        edits = self.structure(site, choice.settings)
+        return [*edits, *edit_leaves(self.leave(site, parts, choice.settings))]
 
     def _merged(self, site: Site, parts: Parts, settings: Settings) -> Conv:
         fits, supports = Fits(parts), tuple(settings["supports"])
@@ -215,10 +209,7 @@ def _whole(value: object) -> bool:
 
 
 def _unfit(site: Site, settings: Settings, why: str) -> MethodError:
-    return MethodError(
-        "layer_merge does not have these settings for this site", site.name,
-        repr(dict(settings)), why,
-    )  # fmt: skip
+    return misfit("layer_merge", settings, why, site)
 
 
 method = LayerMerge()

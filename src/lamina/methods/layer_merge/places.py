@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
 
+from lamina.methods.layers import why_stuck
 from lamina.network.chains import ELEMENTWISE
 from lamina.network.sites import Site, Sites, cut
 
@@ -67,18 +67,7 @@ def why_not_part(part: Site, layers: Mapping[str, Site]) -> str:
 
 def why_not_between(chain: Site) -> str:
     """Return why what lies between the layers of a chain cannot be taken out, or `""`."""
-    through = chain.through or tuple(tuple("" for _ in ops) for ops in chain.between)
-    for (a, b), ops, modules in zip(pairwise(chain.members), chain.between, through, strict=True):
-        for op, module in zip(ops, modules, strict=True):
-            where = f"between {a} and {b}"
-            if op not in PASSABLE:
-                return f"{module or op} {where} is a {op}: no convolution stands in for it"
-            if not module:
-                return (
-                    f"{op} {where} is a call in a forward, or a module used elsewhere too: it "
-                    "cannot be taken out (make it a module of its own)"
-                )
-    return ""
+    return why_stuck(chain, PASSABLE, ": no convolution stands in for it")
 
 
 def why_not_layer(site: Site) -> str:

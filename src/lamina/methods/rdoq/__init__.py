@@ -33,19 +33,11 @@ from dataclasses import dataclass
 
 from lamina import codecs
 from lamina.codecs.alike import ROWS, Curve, corrected, spread
-from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit
-from lamina.measure.stats import Cost, LayerStats
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    weights_of,
-)
+from lamina.measure.stats import LayerStats
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Weights, weights_of
+from lamina.methods.layers import check_served, edit_values, misfit
+from lamina.methods.offers import front, offer_values
 from lamina.methods.rdoq.curves import (
     HUGE,
     LONG,
@@ -99,7 +91,6 @@ class Rdoq:
         if not weights["weight"].numel():
             return ()
         problem = pose(site, weights, stats)
-        params = sum(tensor.numel() for tensor in weights.values())
         rate = usual_rate(problem)
         scales: tuple[str, ...] = ("none",)
         if stats is not None and problem.matrix.size > HUGE:
@@ -115,10 +106,9 @@ class Rdoq:
         for scale, coarse in curves:
             for point in curve_of(problem, weights, rate, scale, coarse):
                 settings = {"step": point.step, "rate": rate, "scale": scale}
-                chain = (Step(self.name, site.name, settings),)
-                cost = Cost(params, 8 * point.size, site.macs)
-                offers.append(Candidate(site.name, chain, cost, point.error))
-        return _front(offers)
+                given = (self.name, site, weights, settings)
+                offers.append(offer_values(*given, point.size, point.error))
+        return front(offers)[::-1]
 
     def propose_alike(
         self, leaves: Sequence[Leaf], floors: Sequence[float]
@@ -146,14 +136,12 @@ class Rdoq:
             lines.append([(r.values["weight"].step, rate, r.error) for r in results])
         found = []
         for leaf, line, sizes in zip(leaves, lines, corrected(curves), strict=True):
-            params = sum(tensor.numel() for tensor in leaf.weights.values())
             offers = []
             for (step, rate, error), size in zip(line, sizes, strict=True):
                 settings = {"step": step, "rate": rate, "scale": "none"}
-                chain = (Step(self.name, leaf.site.name, settings),)
-                cost = Cost(params, 8 * size, leaf.site.macs)
-                offers.append(Candidate(leaf.site.name, chain, cost, error))
-            found.append(_front(offers))
+                given = (self.name, leaf.site, leaf.weights, settings)
+                offers.append(offer_values(*given, size, error))
+            found.append(front(offers)[::-1])
         return found
 
     def leave(
@@ -174,13 +162,11 @@ class Rdoq:
             MethodError: the settings do not fit.
         """
         site = choice.site
-        if why := self.refuse(site):
-            raise SiteError(f"{self.name} cannot serve this site", site.name, why)
+        check_served(self, site)
         step, rate, scale = _read(choice.settings)
         weights = weights_of(network, site)
         result = quantize(pose(site, weights, stats), weights, step, rate, scale)
-        names = {"weight": site.weight, "bias": site.bias}
-        return [Edit(names[key], "values", values=grid) for key, grid in result.values.items()]
+        return edit_values(site, result.values)
 
 
 def _octaves(tried: Mapping[float, Result], floor: float) -> Iterator[float]:
@@ -209,18 +195,9 @@ def _read(settings: Settings) -> tuple[float, float | None, str]:
     step, rate, scale = settings.get("step"), settings.get("rate"), settings.get("scale", "none")
     good = isinstance(step, (int, float)) and 1e-30 <= step <= 1e30 and scale in SCALES
     if not good or not (rate is None or (isinstance(rate, (int, float)) and 0 <= rate < math.inf)):
-        why = f"give step > 0, rate >= 0 and scale of {', '.join(SCALES)}"
-        raise MethodError("rdoq does not have these settings", repr(dict(settings)), "", why)
+        fix = f"give step > 0, rate >= 0 and scale of {', '.join(SCALES)}"
+        raise misfit("rdoq", settings, fix)
     return float32(float(step)), None if rate is None else float(rate), str(scale)  # type: ignore[arg-type]
-
-
-def _front(offers: list[Candidate]) -> tuple[Candidate, ...]:
-    """Keep the offers that no cheaper one beats, dearest first."""
-    front: list[Candidate] = []
-    for offer in sorted(offers, key=lambda c: (c.cost.bits, c.error)):
-        if not front or offer.error < front[-1].error:
-            front.append(offer)
-    return tuple(reversed(front))
 
 
 method = Rdoq()

@@ -114,8 +114,9 @@ def curve_of(
 
 def scale_of_weights(problem: Problem) -> tuple[bool, float]:
     """Return whether any weight is not zero, and the root mean square of those that are not."""
-    live = problem.matrix[problem.matrix != 0]
-    return bool(live.size), math.sqrt(float((live**2).mean())) if live.size else 1.0
+    live = int(np.count_nonzero(problem.matrix))
+    norm = float(torch.linalg.vector_norm(torch.from_numpy(problem.matrix)))
+    return live > 0, norm / math.sqrt(live) if live else 1.0
 
 
 def best_scale(problem: Problem, weights: Weights, rate: float, scales: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina.errors import SiteError
-from lamina.measure.stats import LayerStats
+from lamina.measure.stats import LayerStats, diagonal_of
+from lamina.methods.layers import check_finite
 from lamina.methods.rdoq.feedback import Array, Side, side_of
 from lamina.network.sites import Site, as_matrix
 
@@ -41,11 +41,6 @@ class Problem:
     counts: Array | None = None  # token counts of an embedding
 
 
-def diagonal_of(moment: torch.Tensor) -> torch.Tensor:
-    """Return the diagonal `[groups, n]` of a moment, full or diagonal."""
-    return moment if moment.dim() == 2 else moment.diagonal(dim1=1, dim2=2)
-
-
 def _damping(diagonal: torch.Tensor, share: float) -> torch.Tensor:
     whole = float(diagonal.mean()) if diagonal.numel() else 0.0
     floor = 1e-6 * whole if whole > 0 else 1.0  # a group that is never used still needs a factor
@@ -68,9 +63,7 @@ def pose(
     Raises:
         SiteError: the weights are not finite.
     """
-    for tensor in weights.values():
-        if not bool(torch.isfinite(tensor).all()):
-            raise SiteError("the weights are not finite", site.name, "NaN or inf has no grid point")
+    check_finite(site.name, *weights.values())
     matrix = as_matrix(site, weights["weight"].detach().to("cpu", torch.float64))
     g, n, m = matrix.shape
     held = matrix == 0

@@ -13,15 +13,15 @@ from lamina import codecs
 from lamina.errors import MethodError
 from lamina.forms import Grid
 from lamina.forms.values import BOTH, exponent_scale
-from lamina.measure.stats import LayerStats, predict_change
+from lamina.measure.stats import LayerStats, diagonal_of, predict_change
 from lamina.methods.base import Weights
+from lamina.methods.offers import grid_bytes
 from lamina.methods.rdoq.feedback import Array, Prices, code_lengths, feed_forward
-from lamina.methods.rdoq.problem import Problem, diagonal_of
+from lamina.methods.rdoq.problem import Problem
 from lamina.network.sites import Site, as_matrix, from_matrix
 
 SCALES = ("none", "rows", "columns", "both")
 MOST = 1 << 26  # the largest integer asked for; feedback may add to it
-HEADER_BYTES = 4  # a step, in float32
 EXPONENTS = (-24, 24)  # quarter octaves around the mean step: 6 octaves
 EMBEDDED = (-8, 8)  # the same for tokens: [0.25, 4]
 FREQUENCY_POWER = -0.3  # of the step of an embedding's row
@@ -78,12 +78,7 @@ class Result:
 
     def size(self, count: Callable[[Array], float] = codecs.length) -> float:
         """Return the bytes of all tensors, their integers counted by `count`."""
-        total = 0.0
-        for grid in self.values.values():
-            total += HEADER_BYTES + count(grid.symbols.numpy())
-            if grid.exponents is not None:
-                total += count(grid.exponents.numpy().reshape(1, -1))
-        return total
+        return sum(grid_bytes(grid, count) for grid in self.values.values())
 
 
 def scales_for(problem: Problem) -> tuple[str, ...]:
@@ -167,7 +162,8 @@ def quantize(
         MethodError: the step is too fine for 32-bit integers, or the scale does not fit the layer.
     """
     rate = usual_rate(problem) if rate is None else rate
-    if problem.matrix.size and float(np.abs(problem.matrix).max()) > step * MOST:
+    largest = max(-problem.matrix.min(), problem.matrix.max()) if problem.matrix.size else 0.0
+    if largest > step * MOST:
         raise MethodError("rdoq cannot use this step", problem.site.name, f"{step} is too fine")
     whole = problem.matrix.shape[2]
     m = whole - problem.biased

@@ -39,20 +39,11 @@ from dataclasses import dataclass
 import torch
 
 from lamina.artifact.records import values_bytes
-from lamina.errors import MethodError, SiteError
 from lamina.forms import Edit
 from lamina.measure.stats import Cost, LayerStats
 from lamina.measure.tucker import decompose, errors_of_ranks
-from lamina.methods.base import (
-    Candidate,
-    Choice,
-    Leaf,
-    Settings,
-    Stage,
-    Step,
-    Weights,
-    apply_leaves,
-)
+from lamina.methods.base import Candidate, Choice, Leaf, Settings, Stage, Step, Weights
+from lamina.methods.layers import apply_leaves, finite_weight, misfit, why_no_form, why_tied
 from lamina.methods.tucker.leaves import input_positions, leaf_sites, leaf_stats
 from lamina.network.sites import Site
 from lamina.network.source import Network
@@ -74,20 +65,10 @@ class Tucker:
 
     def refuse(self, site: Site) -> str:
         """Return why the layer cannot become three, or `""`."""
-        if site.kind not in self.kinds:
-            return f"it is a {site.kind}, not one layer"
-        if site.op != "conv":
-            return f"there is no tucker form for the operation {site.op}"
-        if site.rigid:
-            return site.rigid
-        if site.groups != 1:
-            return f"it has {site.groups} groups, and only an ungrouped layer has a tucker form"
+        if why := why_no_form(site, "tucker form", ("conv",)) or why_tied(site):
+            return why
         if math.prod(site.kernel) == 1:
             return "a 1x1 convolution has two sides only, which alds takes apart"
-        if site.aliases:
-            return f"its weight is tied to {', '.join(site.aliases)}"
-        if not site.module:
-            return "it is the whole network, and three layers need a module to be put into"
         if input_positions(site) is None:
             return "the size of its input is not known, and the first layer runs at that size"
         return ""
@@ -103,7 +84,7 @@ class Tucker:
         weight = weights["weight"]
         if self.refuse(site) or not weight.numel():
             return ()
-        tensor = _tensor(site, weight)
+        tensor = _tensor(site, weights)
         f, c, taps = tensor.shape
         pairs = [
             (r1, r2)
@@ -140,9 +121,9 @@ class Tucker:
         """
         r1, r2 = _read(site, settings)
         weight = weights["weight"]
-        factors = decompose(_tensor(site, weight), stats, r1, r2)
+        factors = decompose(_tensor(site, weights), stats, r1, r2)
         decode, core, encode = (factor.to(weight.dtype) for factor in factors)
-        sites = leaf_sites(site, r1, r2, bool(site.bias))
+        sites = leaf_sites(site, r1, r2)
         tensors = [
             {"weight": t.reshape(s.shape)}
             for s, t in zip(sites, (encode, core, decode), strict=True)
@@ -214,15 +195,8 @@ def macs_of(site: Site, r1: int, r2: int) -> float:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _tensor(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        raise SiteError(
-            "the weights are not finite",
-            site.name,
-            "NaN or inf has no spectrum",
-            "mend the network",
-        )
-    return weight.detach().to(torch.float64).flatten(2)
+def _tensor(site: Site, weights: Weights) -> torch.Tensor:
+    return finite_weight(site, weights).detach().to(torch.float64).flatten(2)
 
 
 def _read(site: Site, settings: Settings) -> tuple[int, int]:
@@ -233,12 +207,8 @@ def _read(site: Site, settings: Settings) -> tuple[int, int]:
         or not 1 <= r1 <= most_ranks(f, r2, taps)[0]
         or not 1 <= r2 <= most_ranks(r1, c, taps)[1]
     ):
-        raise MethodError(
-            "tucker does not have these settings for this layer",
-            site.name,
-            repr(dict(settings)),
-            f"outputs is 1 to {f}, inputs 1 to {c}, and neither over {taps} times the other",
-        )
+        fix = f"outputs is 1 to {f}, inputs 1 to {c}, and neither over {taps} times the other"
+        raise misfit("tucker", settings, fix, site)
     return r1, r2
 
 

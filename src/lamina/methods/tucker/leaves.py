@@ -9,6 +9,7 @@ import torch
 
 from lamina.measure.stats import LayerStats
 from lamina.measure.tucker import encoded, metric_of
+from lamina.methods.layers import site_inside
 from lamina.network.sites import Site
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -57,25 +58,18 @@ def keeps_size(site: Site) -> bool:
 # --- the layers that are left --------------------------------------------------------------------
 
 
-def leaf_sites(site: Site, r1: int, r2: int, bias: bool) -> tuple[Site, Site, Site]:
+def leaf_sites(site: Site, r1: int, r2: int) -> tuple[Site, Site, Site]:
     """Describe the three layers, as discovery would."""
     f, c = site.shape[:2]
     ones, zeros = (1,) * len(site.kernel), (0,) * len(site.kernel)
-    core = replace(_placed(site, 1), bias="", shape=(r1, r2, *site.kernel))
+    core = site_inside(site, 1, bias="", shape=(r1, r2, *site.kernel))
     flat = replace(
         core, kernel=ones, stride=ones, padding=zeros, dilation=ones, padding_mode="zeros"
     )
-    first = replace(
-        _placed(flat, 0, site), shape=(r2, c, *ones), positions=input_positions(site) or 0.0
-    )
-    last = replace(_placed(flat, 2, site), shape=(f, r1, *ones), extent=output_extent(site))
-    return first, core, replace(last, bias=f"{last.module}.bias" if bias else "")
-
-
-def _placed(like: Site, place: int, parent: Site | None = None) -> Site:
-    parent = parent or like
-    path = f"{parent.module}.{place}"
-    return replace(like, name=f"{parent.name}.{place}", module=path, weight=f"{path}.weight")
+    positions = input_positions(site) or 0.0
+    first = site_inside(site, 0, flat, bias="", shape=(r2, c, *ones), positions=positions)
+    last = site_inside(site, 2, flat, shape=(f, r1, *ones), extent=output_extent(site))
+    return first, core, last
 
 
 def leaf_stats(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -142,12 +143,8 @@ class _Reader:
         self.root, self.flow, self.shape = root, flow, shape
         self.after, self.tensors = flow.followers(), named_tensors(root)
         self.readers = flow.readers(self.tensors.first)
-        self.paths: dict[int, int] = {}
-        for _, module in root.named_modules(remove_duplicate=False):
-            self.paths[id(module)] = self.paths.get(id(module), 0) + 1
-        self.ran: dict[str, int] = {}
-        for op in flow.ops:
-            self.ran[op.module] = self.ran.get(op.module, 0) + 1
+        self.paths = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
+        self.ran = Counter(op.module for op in flow.ops)
 
     def chain(self) -> Chain | str:
         before: list[Step] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamina.streaming.memory import free_memory, give_back
+from lamina.measure.memory import free_memory, give_back
 
 
 def test_free_memory_is_a_part_of_all() -> None:
