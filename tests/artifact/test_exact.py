@@ -16,7 +16,7 @@ from lamina.methods.keep import hold
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tensor_of_a_quantized_file_takes_less_than_there(kind):
-    tensor, before = through(kind, weights(400, 512))
+    tensor, before = through(kind, weights(80, 512))
     values = exact(tensor)
     record = records.encode(values)
     assert isinstance(values, Affine) and len(record) < 0.96 * before
@@ -52,8 +52,8 @@ def test_a_tiny_llama_out_of_a_quantized_file(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=480, tie_word_embeddings=True, bos_token_id=1,
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=160, tie_word_embeddings=True, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lamina import codecs
@@ -18,9 +20,14 @@ def exact(tensor: torch.Tensor) -> Plain | Affine:
         'Plain'
     """
     found = find_affine(tensor)
-    if found is not None and exact_bytes(found) < values_bytes(tensor):
-        return found
-    return Plain(tensor)
+    if found is None:
+        return Plain(tensor)
+    plain = values_bytes(tensor)
+    # Coding symbols takes long; mostly it is enough to know how many there may be.
+    levels = int(found.symbols.max()) - int(found.symbols.min()) + 1
+    most = found.symbols.numel() * math.log2(levels) / 8
+    most += found.steps.numel() * found.steps.itemsize * (2 if found.leasts is not None else 1)
+    return found if most < plain or exact_bytes(found) < plain else Plain(tensor)
 
 
 def exact_bytes(values: Plain | Affine) -> float:

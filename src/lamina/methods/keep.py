@@ -48,6 +48,8 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Affine | Sparse | Grid, float]:
     """
     held = exact(tensor)
     plain = exact_bytes(held)
+    if isinstance(held, Affine):
+        return held, plain
     grid = find_grid(tensor)
     if grid is not None and (size := grid_bytes(grid)) < plain:
         return grid, size

@@ -10,7 +10,7 @@ from lamina import artifact
 from lamina.artifact import records
 from lamina.artifact.exact import exact
 from lamina.errors import FileError
-from lamina.forms import Edit, Sparse
+from lamina.forms import Edit, Plain, Sparse
 from lamina.measure.stats import Cost
 from lamina.methods.base import Candidate, Step, weights_of
 from lamina.network.sites import Sites
@@ -86,7 +86,9 @@ def zeros_apart(network: Network) -> tuple[Edit, ...]:
             continue
         if float((held == 0).double().mean()) < FEWEST_ZEROS:
             continue
-        if len(records.encode(Sparse(held))) < len(records.encode(exact(held))):
+        if not isinstance(exact(held), Plain):
+            continue  # zeros are as short among its integers
+        if len(records.encode(Sparse(held))) < len(records.encode(Plain(held))):
             found.append(Edit(name, "values", values=Sparse(held)))
     return tuple(found)
 
