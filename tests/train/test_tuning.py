@@ -177,3 +177,16 @@ def test_a_plan_to_be_tuned_is_made_for_its_size() -> None:
     with torch.no_grad():
         away = [float((r.model(x) - module(x)).square().mean()) for r in (tuned, bare)]
     assert away[0] < away[1]
+
+
+def test_tuning_that_goes_astray_is_thrown_away_without_validation_data() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    x = torch.randn(256, 32)
+    data = Data(train=list(x.split(64)), calibration=[x])
+    options = {"methods": ("rdoq",), "seed": 0}
+    far = Recovery(epochs=2, lr=10.0, step_lr=10.0, parts="scales", distill=1.0)
+    tuned = lamina.compress(module, data, "15%", recover=far, **options)
+    bare = lamina.compress(module, data, "15%", recover=None, **options)
+    assert tuned.file == bare.file
+    assert any("on calibration data" in note for note in tuned.report.dict()["notes"])

@@ -37,6 +37,7 @@ CHECKS = 60  # looks at the size in one training
 EXACT = 6  # every so many looks code the tensors for real
 LARGE = 1 << 22  # trained values: checkpoints of more take time, and put off the next one
 CALM = 20  # times as long as they took
+SLACK = 64  # bytes that the head of a file may be shorter by than foreseen
 APART = 40_503_007  # between the seeds of two processes
 CPU = torch.device("cpu")
 
@@ -126,7 +127,7 @@ class _Training:
         if recovery.parts == "scales" and limit is None:
             self.limit = limit = float(len(self._pack(self.net.release())))
         walk = 1.0
-        if limit is not None:
+        if limit is not None and recovery.parts == "all":  # or what is large would be coded in vain
             self.other = self._overhead()
             start = max(self._size(), 1.0)
             if recovery.squeezes:
@@ -299,10 +300,16 @@ class _Training:
         trained = self.net.release()
         before = {e.path: e.values for e in self.learner.edits if e.path in trained and e.values}
         vectors = {name: v for name, v in before.items() if is_small(v)}
+        rest: float | None = None  # what is not vectors takes the same, however short those are
         for bits in range(MANTISSA, LEAST - 1, -4):
             values = shortened(trained, bits)
-            if len(self._pack(values)) <= limit:
+            small = held_bytes({name: values[name] for name in vectors})
+            if rest is not None and bits > LEAST and rest + small > limit + SLACK:
+                continue
+            whole = len(self._pack(values))
+            if whole <= limit:
                 return values
+            rest = whole - small
         values = {**trained, **vectors}
         return values if len(self._pack(values)) <= limit else before
 
