@@ -145,7 +145,10 @@ def test_where_it_begins_is_an_option() -> None:
     """From the pretrained weights masks are theirs, and the teacher is the dense network."""
     masks = []
     for start in ("finetuned", "pretrained"):
-        recipe = replace(QUICK, phases=(("dense", 3.0), ("both", 0.0)), start=start, tables=0.0)
+        recipe = replace(
+            QUICK, phases=(("dense", 3.0), ("both", 0.0)), start=start, tables=0.0,
+            score="magnitude",
+        )  # fmt: skip
         followed, way, sites = follow(recipe)
         site = backbone(sites)[0]
         values = {e.path: e.values for e in followed.final.edits}[site.weight]
@@ -178,6 +181,24 @@ def test_saliency_of_inputs_needs_statistics() -> None:
     assert any("Ratios" in note for note in result.report.facts["notes"])
 
 
+def test_what_is_pruned_in_order_begins_nearer() -> None:
+    """Without training: masks and grids that make up for each other, against magnitudes."""
+    ids = make_data().test[0][0]
+    away = {}
+    for score in ("magnitude", "obs"):
+        for phase in ("sparse", "quantized", "both"):
+            recipe = replace(QUICK, phases=((phase, 0.0),), score=score, tables=0.0)
+            followed, way, sites = follow(recipe)
+            with torch.no_grad():
+                want, got = way.network.module(ids), followed.final.model(ids)
+            away[score, phase] = float((got - want).square().mean())
+            if phase != "quantized":
+                held = {e.path: e.values for e in followed.final.edits if e.form == "values"}
+                assert all(is_two_four(s, held[s.weight].dense()) for s in backbone(sites))
+    for phase in ("sparse", "both"):
+        assert away["obs", phase] < 0.8 * away["magnitude", phase], away
+
+
 def test_which_layers_are_inside_blocks() -> None:
     def site(name: str, **more: object) -> Site:
         return Site(name, module=name, weight=f"{name}.weight", **more)
@@ -201,6 +222,7 @@ def test_bad_settings_are_named() -> None:
         ({"activations": 1}, "no such width"),
         ({"tables": -1.0}, "tables"),
         ({"phases": (("both", -1.0),)}, "epochs"),
+        ({"score": "obs", "tuning": Tuning(masks="gradual")}, "go by magnitude"),
     ):
         with pytest.raises(MethodError, match=why):
             IntTwoFour(**settings)

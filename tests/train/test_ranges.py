@@ -8,6 +8,7 @@ from tests.train.quantizable import make_data, make_network
 from torch import nn
 
 from lamina.errors import DataError, MethodError
+from lamina.train import ranges
 from lamina.train.pact import grid_of
 from lamina.train.ranges import Seen, make_quantizers, observe
 
@@ -63,6 +64,40 @@ def test_the_search_costs_less_than_percentiles(kind: str) -> None:
         y = torch.round(values / step).clamp(zero, zero + levels - 1) * step
         errors.append(float((y - values).square().mean()))
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_the_sample_is_of_every_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every n-th value would be of one channel only, where n divides their number."""
+    monkeypatch.setattr(ranges, "SAMPLED", 256)
+    x = torch.zeros(1, 256, 8)
+    x[..., 3] = 100.0
+    layer = nn.Linear(8, 2)
+    runs = [observe(nn.Sequential(layer), layer, ["0"], [x])[0].values[0] for _ in range(2)]
+    assert torch.equal(*runs)
+    assert len(runs[0]) == 256
+    assert 0.05 < float((runs[0] == 100).double().mean()) < 0.25
+
+
+def test_each_end_is_searched_for_itself() -> None:
+    """Tails on one side only: as good as the best of all pairs of ends."""
+    g = torch.Generator().manual_seed(0)
+    draws = torch.rand(2, 20_000, generator=g)
+    values = torch.where(draws[0] < 0.5, -draws[1], 0.3 * (1 / draws[1] - 1).clamp(max=20))
+
+    def error(low: float, high: float) -> float:
+        step, zero, levels = grid_of("asymmetric", 4, torch.tensor(high), torch.tensor(low))
+        y = torch.round(values / step).clamp(zero, zero + levels - 1) * step
+        return float((y - values).square().mean())
+
+    pairs = [(-a / 20, b / 4) for a in range(1, 30) for b in range(1, 30)]
+    best = min(error(low, high) for low, high in pairs)
+    (_, wide), (_, found) = (
+        make_quantizers([Seen(["a"], [values], [-1.0])], 4, start=start)[0]
+        for start in ("percentile", "mse")
+    )
+    errors = [error(float(q.low.detach()), float(q.high.detach())) for q in (found, wide)]
+    assert errors[0] < 1.01 * best
+    assert errors[1] > 1.05 * best
 
 
 def test_bad_input_is_named() -> None:

@@ -23,10 +23,10 @@ the order of phases, schedules of masks and of dropout are options, and defaults
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from lamina.data import Data
 from lamina.errors import MethodError
 from lamina.forms import Edit, Grid, Values, find_tensor, install
 from lamina.measure.quality import evaluate, metric_named
-from lamina.measure.stats import Stats
+from lamina.measure.stats import Stats, diagonal_of
 from lamina.methods.base import Choice, Step, get_method, weights_of
 from lamina.methods.keep import hold
 from lamina.methods.sawb import CLIPS, CONSTANTS, clip_by_statistics, grid_of
@@ -53,11 +53,12 @@ from lamina.train.pact import KINDS
 from lamina.train.quantized import QuantizedNetwork, roundable
 from lamina.train.quantizing import Tuning, tune
 from lamina.train.ranges import STARTS, make_quantizers, observe
+from lamina.train.refit import refit
 
 PHASES = ("dense", "sparse", "quantized", "both")
 BEGINNINGS = ("finetuned", "pretrained")
-SCORES = ("magnitude", "obd")
-BATCHES = 10  # that ranges are begun from
+SCORES = ("magnitude", "obd", "obs")
+BATCHES = 10  # that ranges and weights are begun from
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ class IntTwoFour:
         start: `"finetuned"` or `"pretrained"`; see above.
         bits: of a weight: 2, 3, 4 or 8.
         activations: bits of what layers are given, 2 to 8; 0: they are not rounded.
-        score: of masks: `"magnitude"`, or `"obd"`: times the root mean square of the input.
+        score: of masks: `"magnitude"`; `"obd"`: times the root mean square of the input; or
+            `"obs"`: columns are pruned and rounded in order, each making up for those before, so
+            that training begins near the network it is to be (`train/refit.py`); masks are static.
         clip: range of a weight's grid: `"statistics"` of the dense weight, or `"mse"`.
         rows: let ranges differ by output.
         kind: of ranges of activations on both sides of 0: `"asymmetric"` or `"symmetric"`.
-        begin: of those ranges: `"percentile"` (99.9 and .1) or `"mse"`.
+        begin: of those ranges: `"percentile"` (99.9 and .1), or `"mse"`: least squared error.
         plus: gradients of ranges through the rounding inside too, and of weights beyond their range
             (PACT+, SAWB+).
         tuning: of every phase; its epochs are not looked at.
@@ -100,7 +103,7 @@ class IntTwoFour:
     clip: str = "statistics"
     rows: bool = False
     kind: str = "asymmetric"
-    begin: str = "percentile"
+    begin: str = "mse"
     plus: bool = True
     tuning: Tuning = field(default_factory=Tuning)
     dense_lr: float = 5e-5
@@ -125,6 +128,11 @@ class IntTwoFour:
         if self.bits not in CONSTANTS or self.activations not in (0, *range(2, 9)):
             why = f"weights have {', '.join(map(str, CONSTANTS))}, activations 0 or 2 to 8"
             raise MethodError("no such width", f"{self.bits!r}, {self.activations!r}", why)
+        if self.score == "obs" and self.tuning.masks != "static":
+            raise MethodError(
+                "masks that change go by magnitude", f"tuning.masks={self.tuning.masks!r}",
+                "score 'obs' chooses them once", "use score='magnitude'",
+            )  # fmt: skip
         if not is_number(self.tables) or self.tables < 0:
             raise MethodError("a step is 0 or more", f"tables={self.tables!r}")
 
@@ -235,10 +243,14 @@ class _Work:
         else:
             self._hold_tables()
         sparse = phase in ("sparse", "both") and not self.pruned
-        if sparse and (tuning.masks == "static" or not epochs):
+        quantized = phase in ("quantized", "both") and not self.quantized
+        fits = r.score == "obs" and not self.pruned and (sparse or quantized)
+        if sparse and not fits and (tuning.masks == "static" or not epochs):
             self.net.prune()
-        if phase in ("quantized", "both") and not self.quantized:
+        if quantized:
             self._quantize()
+        if fits:
+            refit(self.net, self._loader(), BATCHES, sparse)
         if epochs:
             rows = tune(
                 self.net, self.teacher, self.data, tuning, self.way.network.loss,
@@ -262,13 +274,17 @@ class _Work:
     def _quantize(self) -> None:
         r = self.recipe
         paths = roundable(self.net.body, self.layers)
-        loader = self.data.calibration if self.data.calibration is not None else self.data.train
         seen = []
-        if r.activations and paths and loader is not None:
-            seen = observe(self.net.body, self.net, paths, loader, BATCHES)
+        if r.activations and paths:
+            seen = observe(self.net.body, self.net, paths, self._loader(), BATCHES)
         self.net.quantize(r.bits, r.clip, r.rows, r.plus)
         self.net.round_inputs(make_quantizers(seen, r.activations, r.kind, r.begin, plus=r.plus))
         self.quantized = True
+
+    def _loader(self) -> Iterable[Any]:
+        loader = self.data.calibration if self.data.calibration is not None else self.data.train
+        assert loader is not None  # the recipe asks for training data
+        return loader
 
     def _hold_tables(self) -> None:
         """Quantize embedding tables, for good: what follows is trained around them."""
@@ -373,8 +389,7 @@ def importance_of(layers: Sequence[Site], stats: Stats) -> dict[str, torch.Tenso
                 "the score 'obd' needs statistics", site.name, "this run has none",
                 "give calibration data, or use score='magnitude'",
             )  # fmt: skip
-        h = known.H if known.H.dim() == 2 else known.H.diagonal(dim1=1, dim2=2)
         rows = as_matrix(site, torch.empty(site.shape)).shape[1]
-        root = h.clamp_min(0).sqrt()[:, None, :].expand(-1, rows, -1)
+        root = diagonal_of(known.H).clamp_min(0).sqrt()[:, None, :].expand(-1, rows, -1)
         found[site.name] = from_matrix(site, root).to(torch.float32)
     return found

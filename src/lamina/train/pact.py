@@ -31,7 +31,8 @@ class RoundWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, step: Tensor, n: int, plus: bool) -> Tensor:
         ctx.plus, ctx.n = plus, n
         ctx.save_for_backward(weight, step)
-        return torch.round(weight / torch.where(step > 0, step, 1.0)).clamp(-n, n) * step
+        scaled = weight / torch.where(step > 0, step, 1.0)
+        return scaled.round_().clamp_(-n, n).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -61,14 +62,15 @@ class RoundInput(torch.autograd.Function):
             low = -high
         elif ctx.kind == "one-sided":
             low = torch.zeros_like(high)
-        x = x.to(torch.float32)
+        x, zero = x.to(torch.float32), torch.zeros_like(step)
         above, below = x >= high, x <= low
-        inside = ~(above | below)
-        up, down = (grad * above).sum(), (grad * below).sum()
-        through = torch.zeros_like(up)
+        up, down = torch.where(above, grad, zero).sum(), torch.where(below, grad, zero).sum()
+        inside = grad.masked_fill(above | below, 0.0)
+        through = zero
         if ctx.plus:
-            through = (grad * inside * (y.to(torch.float32) - x)).sum() / (step * ctx.count)
-        passed = (grad * inside).to(grads[0].dtype)
+            off = y.to(torch.float32) - x
+            through = torch.dot(inside.flatten(), off.flatten()) / (step * ctx.count)
+        passed = inside.to(grads[0].dtype)
         if ctx.kind == "symmetric":
             return passed, up - down + 2 * through, None, None, None, None
         low_grad = down - through if ctx.kind == "asymmetric" else None

@@ -59,7 +59,7 @@ class Tuning:
 
     epochs: float = 2.0
     lr: float = 3e-5
-    range_lr: float = 1e-3
+    range_lr: float = 1e-2
     decay: float = 0.0
     norm: float = 1.0
     masks: str = "static"
@@ -156,7 +156,8 @@ class _Training:
             )
             if params
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=tuning.lr, weight_decay=0.0)
+        fused = {p.device.type for p in net.parameters()} <= {"cpu", "cuda"}
+        self.optimizer = torch.optim.AdamW(groups, lr=tuning.lr, weight_decay=0.0, fused=fused)
         warm = max(1, round(WARM * self.steps))
         left = max(1, self.steps - warm)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -249,7 +250,7 @@ class _Training:
             tokens=tokens[0] if tokens else None,
         )  # fmt: skip
         if self.hidden is not None:
-            loss = loss + t.hidden * self.hidden.loss()
+            loss = loss + t.hidden * self.hidden.loss(batch.mask)
         loss.backward()
         if t.norm:
             nn.utils.clip_grad_norm_(self.params, t.norm)

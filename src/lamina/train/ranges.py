@@ -20,7 +20,7 @@ TRIALS = 40
 
 @dataclass
 class Seen:
-    """What a group of layers was given: values of each batch, sampled evenly."""
+    """What a group of layers was given: a sample of the values of each batch."""
 
     paths: list[str]
     values: list[Tensor] = field(default_factory=list)
@@ -69,8 +69,7 @@ def observe(
                     for x in given.get(path, ()):
                         flat = x.to(torch.float32).reshape(-1)
                         seen.lows.append(float(flat.min()))
-                        stride = max(1, flat.numel() // SAMPLED)
-                        seen.values.append(flat[::stride].clone())
+                        seen.values.append(_sample(flat))
     finally:
         for hook in hooks:
             hook.remove()
@@ -95,6 +94,18 @@ def _group(
             groups[leader[path]].paths.remove(path)
             leader[path] = path
             groups[path] = Seen([path])
+
+
+def _sample(values: Tensor) -> Tensor:
+    """Return some of the values, drawn at random but the same ones in every run.
+
+    Every n-th would not do: it is of the same few channels where n divides their number, and the
+    channels that stand out are what a range is about.
+    """
+    if values.numel() <= SAMPLED:
+        return values.clone()
+    index = torch.randint(values.numel(), (SAMPLED,), generator=torch.Generator().manual_seed(0))
+    return values[index.to(values.device)]
 
 
 def make_quantizers(
@@ -134,15 +145,22 @@ def make_quantizers(
 
 
 def _search(values: Tensor, kind: str, bits: int, low: float, high: float) -> tuple[float, float]:
-    """Return the ends of least squared error among those given, shrunk and widened."""
-    best = (low, high)
-    least = torch.inf
-    values = values[:: max(1, values.numel() // SAMPLED)]
-    for share in torch.linspace(0.2, 1.6, TRIALS).tolist():
-        a, b = torch.tensor(low * share), torch.tensor(max(high * share, 1e-5))
-        step, zero, levels = grid_of(kind, bits, b, a)
+    """Return the ends of least squared error: both shrunk and widened, then each for itself."""
+    values = _sample(values)
+    shares = torch.linspace(0.2, 1.6, TRIALS).tolist()
+
+    def error(a: float, b: float) -> float:
+        top = torch.tensor(max(b, 1e-5))
+        step, zero, levels = grid_of(kind, bits, top, torch.tensor(a))
         q = torch.round(values / step).clamp(zero, zero + levels - 1)
-        error = float((q * step - values).square().mean())
-        if error < least:
-            least, best = error, (low * share, high * share)
-    return best
+        return float((q * step - values).square().mean())
+
+    def least(tries: list[tuple[float, float]]) -> tuple[float, float]:
+        return min([(low, high), *tries], key=lambda ends: error(*ends))
+
+    low, high = least([(low * s, high * s) for s in shares])
+    if kind == "asymmetric":
+        for _ in range(2):
+            low, high = least([(low, high * s) for s in shares])
+            low, high = least([(low * s, high) for s in shares])
+    return low, high
