@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ def asked(facts: Facts) -> Section:
     """What the user gave."""
     network, data, limits = facts["network"], facts["data"], facts["budget"]["limits"]
     rows = [
-        ("network", f"{network['name']} ({network['source']})"),
+        ("network", f"{network['name']} ({_kind(network['source'])})"),
         ("", f"{f.count(network['params'])} parameters, {f.count(network['macs'])} "
              f"multiply-accumulates, {f.size(network['bytes'])}"),
         ("budget", facts["budget"]["text"]),
@@ -54,6 +55,17 @@ def asked(facts: Facts) -> Section:
             rows.append(("", f"{words}: at most {form(most)}"))
     rows.append(("data", _data(data)))
     return Section("asked", "What you asked", (), frozenset(), tuple(rows))
+
+
+def _kind(source: str) -> str:
+    """Return where a network is from; of a pretrained one the class, for its configuration is long.
+
+    Example:
+        >>> _kind('transformers:{"class":"BertModel","config":{}}')
+        'transformers, BertModel'
+    """
+    found = re.match(r'transformers:\{"class":"(\w+)"', source)
+    return f"transformers, {found[1]}" if found else source
 
 
 def _data(data: Mapping[str, Any]) -> str:
