@@ -176,7 +176,8 @@ def write(args: argparse.Namespace, before: dict[str, float], rows: list[dict[st
     """Write what has been measured so far."""
     args.output.write_text(json.dumps({
         "what": "SmolLM2-135M-Instruct from its Q4_1 GGUF, after training; whole files",
-        "methods": args.methods, "split": args.split, "windows_of_each": args.windows, "window": WINDOW,
+        "methods": args.methods, "split": args.split,
+        "windows_of_each": args.windows, "window": WINDOW,
         "calibrated_on": {"samples": args.samples, "tokens_of_each": args.tokens},
         "original_bytes": ORIGINAL, "perplexity_of_the_original": before, "bar": BAR,
         "rows": rows, "seed": args.seed,
