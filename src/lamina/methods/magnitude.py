@@ -61,8 +61,16 @@ def prune(weight: torch.Tensor, importance: torch.Tensor, keep: float) -> torch.
         >>> prune(torch.tensor([3.0, -1.0, 2.0]), torch.tensor([3.0, 1.0, 2.0]), 0.67)
         tensor([3., 0., 2.])
     """
+    return _pruned(weight, _order(importance), keep)
+
+
+def _order(importance: torch.Tensor) -> torch.Tensor:
+    return torch.argsort(importance.reshape(-1), descending=True, stable=True)
+
+
+def _pruned(weight: torch.Tensor, order: torch.Tensor, keep: float) -> torch.Tensor:
+    """Do what `prune` does, with the weights in order of their importance [weights]."""
     count = min(weight.numel(), max(1, round(keep * weight.numel())))
-    order = torch.argsort(importance.reshape(-1), descending=True, stable=True)
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     mask[order[:count]] = True
     mask = mask.reshape(weight.shape) & (weight != 0)  # -0.0 would not survive a sparse file
@@ -122,10 +130,10 @@ class Magnitude:
         extra = sum(min(values_bytes(t), _bytes(t)) for t in other.values())
         offers = []
         for score in SCORES if stats is not None else SCORES[:1]:
-            importance = _importance(site, weight, stats, score)
+            order = _order(_importance(site, weight, stats, score))  # once for all shares
             shares, versions = [], []
             for keep in KEEP:
-                pruned = prune(weight, importance, keep)
+                pruned = _pruned(weight, order, keep)
                 if not torch.equal(pruned, weight):  # else already as sparse as that
                     shares.append(keep)
                     versions.append(pruned)
