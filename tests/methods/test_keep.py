@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.artifact.records import encode
+from lamina.artifact.exact import exact, exact_bytes
+from lamina.artifact.records import encode, values_bytes
 from lamina.errors import SiteError
-from lamina.forms import Plain, Sparse, install
+from lamina.forms import Affine, Plain, Sparse, install
 from lamina.measure.stats import LayerStats
 from lamina.methods.base import Choice, Method
 from lamina.methods.keep import hold, method
@@ -93,3 +94,14 @@ def test_it_is_a_final_method_with_a_card_and_serves_layers_only() -> None:
         method.apply(network(), Choice(chain, {}), None)
     for part in ("**What.**", "**Where.**", "**Costs", "**Does not help**", "**Reference.**"):
         assert part in module.__doc__
+
+
+def test_a_sparse_tensor_on_a_grid_is_held_in_the_smaller_way() -> None:
+    values, size = hold(torch.eye(64))  # it lies on a grid per block of columns as well
+    assert isinstance(values, Sparse) and size < exact_bytes(exact(torch.eye(64)))
+    draw = torch.Generator().manual_seed(0)
+    steps = torch.rand(8, 2, generator=draw).half()
+    dense = Affine(torch.randint(-7, 8, (8, 64), generator=draw), steps, None, 32).dense()
+    values, size = hold(dense)
+    assert isinstance(values, Affine) and torch.equal(values.dense(), dense)
+    assert size < values_bytes(dense)

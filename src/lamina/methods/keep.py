@@ -48,9 +48,7 @@ def hold(tensor: torch.Tensor) -> tuple[Plain | Affine | Sparse | Grid, float]:
     """
     held = exact(tensor)
     plain = exact_bytes(held)
-    if isinstance(held, Affine):
-        return held, plain
-    grid = find_grid(tensor)
+    grid = None if isinstance(held, Affine) else find_grid(tensor)
     if grid is not None and (size := grid_bytes(grid)) < plain:
         return grid, size
     zeros = tensor == 0
